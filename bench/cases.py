@@ -1,0 +1,88 @@
+"""What is measured: real models with their data, and the widths at which each is quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+DATA = pathlib.Path(os.environ.get("POSTQUANT_DATA", REPOSITORY.parent / "shared" / "data"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Widths and options of one quantization.
+
+    Attributes:
+        name: "w4a8", or "w8a8-mse" for a step of the ablation.
+        wbits: Bits of weights.
+        abits: Bits of activations.
+        options: Further fields of ``QuantConfig``.
+    """
+
+    name: str
+    wbits: int
+    abits: int
+    options: tuple[tuple[str, str | bool], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model and its data.
+
+    Attributes:
+        name: For ``--models`` and the tables.
+        dataset: Name that ``eval.py`` knows.
+        file: Model, relative to the data folder.
+        metric: Key of the task metric in the output of ``eval.py``.
+        samples: Calibration samples.
+        widths: (weight bits, activation bits) to measure.
+    """
+
+    name: str
+    dataset: str
+    file: str
+    metric: str
+    samples: int
+    widths: tuple[tuple[int, int], ...] = ((8, 8),)
+
+    @property
+    def path(self) -> pathlib.Path:
+        """The float model."""
+        return DATA / self.file
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """One setting per pair of widths."""
+        return tuple(Setting(f"w{w}a{a}", w, a) for w, a in self.widths)
+
+
+CASES = (
+    Case("mobilenetv2", "imagenet", "imagenet/mobilenetv2_1.0.onnx", "top1", 256, ((8, 8), (7, 7))),
+    Case("resnet20", "cifar10", "cifar10/resnet20.onnx", "top1", 512, ((8, 8), (7, 7), (4, 8), (4, 4))),
+    Case("resnet56", "cifar10", "cifar10/resnet56.onnx", "top1", 512),
+    Case("resnet8", "cifar10_raw", "cifar10/resnet8_mlperftiny.onnx", "top1", 512),
+    Case("squeezenet", "imagenet", "imagenet/squeezenet1.1.onnx", "top1", 256),
+    Case("dncnn", "denoise", "denoise/dncnn_s25.onnx", "psnr_db", 32),
+    Case("fastestdet", "coco", "coco/fastestdet.onnx", "map50", 64),
+    Case("rfb320", "face", "coco/face_rfb320.onnx", "f1_vs_ref", 64),
+    Case("vww", "vww", "coco/vww_mobilenetv1_0.25_96.onnx", "top1", 64),
+    Case("minilm", "sts", "sts/minilm_l6.onnx", "spearman", 256),
+)
+
+# Each line adds one thing to the line before.
+_PLAIN: tuple[tuple[str, str | bool], ...] = (("equalize", False), ("cross_layer", False), ("smooth", False))
+ABLATION_STEPS: tuple[tuple[str, tuple[tuple[str, str | bool], ...]], ...] = (
+    ("minmax", (("method", "minmax"), ("bias_correction", False), *_PLAIN)),
+    ("mse", (("method", "mse"), ("bias_correction", False), *_PLAIN)),
+    ("easyquant", (("method", "easyquant"), ("bias_correction", False), *_PLAIN)),
+    ("easyquant+bias", (("method", "easyquant"), *_PLAIN)),
+    ("default", ()),
+)
+ABLATION_MODELS = ("mobilenetv2", "resnet20", "minilm")
+
+
+def ablation_settings(case: Case) -> tuple[Setting, ...]:
+    """The steps of the ablation at every width of ``case``."""
+    return tuple(Setting(f"w{w}a{a}-{step}", w, a, options) for w, a in case.widths for step, options in ABLATION_STEPS)

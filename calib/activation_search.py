@@ -1,0 +1,115 @@
+"""EasyQuant's search of an activation's scale against the outputs of the layers that read it (algorithm 1, activations).
+
+Candidates are ``S = S0 * linspace(alpha, beta, n)``, ``S = 1 / scale``; the zero point moves with the scale so that
+the range keeps its proportion of negative values. Each is judged by the layers' outputs on sampled rows,
+
+    score = mean over layers and samples of cos(o, o~)        (or minus the relative squared error)
+
+where a sample's rows form one vector: a sample with huge values counts as much as any other, which keeps ranges from
+following a few outliers. The grid is searched coarse to fine: every fifth candidate, then those around the best.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from postquant.calib.layers import Layer
+from postquant.calib.weight_search import Objective, SearchOptions
+from postquant.runtime_ops.quantizer import TensorQuantizer
+
+FloatArray = npt.NDArray[np.float32]
+
+_COARSE = 5
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reader:
+    """One layer that reads the tensor, with sampled rows.
+
+    Attributes:
+        layer: The layer.
+        target: (P, G, M) output of the float network, bias excluded.
+        rows: (P, G, K) rows behind the quantized prefix, before this tensor's quantizer.
+        starts: (samples,) index of each sample's first row.
+        matrix: (G, K, M) the layer's weights as quantized so far.
+        ceiling: Bounds that a following Relu or Clip puts on ``output + bias``: (low, high), or None.
+        bias: (G, M) float bias, used only with ``ceiling``.
+    """
+
+    layer: Layer
+    target: FloatArray
+    rows: FloatArray
+    starts: npt.NDArray[np.int64]
+    matrix: FloatArray
+    ceiling: tuple[float, float] | None = None
+    bias: FloatArray | None = None
+
+
+def scaled(start: TensorQuantizer, multiple: float) -> TensorQuantizer:
+    """The quantizer with ``S = S0 * multiple``, a range ``1 / multiple`` times as wide.
+
+    The range's ends are the real ones behind the rounded zero point, so a multiple of 1 changes nothing.
+    """
+    low, high = start.range()
+    return TensorQuantizer.from_range(start.spec, low / multiple, high / multiple)
+
+
+def score_of(quantizer: TensorQuantizer, readers: Sequence[Reader], objective: Objective) -> float:
+    """Mean over readers and samples of the cosine, or of minus the relative squared error."""
+    total = 0.0
+    for reader in readers:
+        rows = quantizer.simulate(reader.rows)
+        by_group = np.matmul(rows.transpose(1, 0, 2), reader.matrix).transpose(1, 0, 2)
+        target, output = reader.target, by_group
+        if reader.ceiling is not None and reader.bias is not None:
+            output = np.clip(output + reader.bias, *reader.ceiling)
+        inner = _per_sample(target * output, reader.starts)
+        norm = _per_sample(output * output, reader.starts)
+        energy = _per_sample(target * target, reader.starts)
+        if objective is Objective.COSINE:
+            # The paper's code adds a little to both vectors where one is zero; a floor does the same.
+            total += float(np.mean((inner + 1e-12) / np.sqrt((norm + 1e-12) * (energy + 1e-12))))
+        else:
+            total -= float(np.mean((energy - 2 * inner + norm) / (energy + 1e-12)))
+    return total / len(readers)
+
+
+def _per_sample(values: FloatArray, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    flat = values.reshape(len(values), -1).sum(1, dtype=np.float64)
+    return np.add.reduceat(flat, starts)
+
+
+def search_activation(
+    start: TensorQuantizer, readers: Sequence[Reader], options: SearchOptions
+) -> tuple[TensorQuantizer, float]:
+    """The best quantizer on the grid.
+
+    Args:
+        start: The quantizer with ``S0``.
+        readers: The layers that read the tensor; at least one.
+        options: Settings.
+
+    Returns:
+        The best quantizer (``start`` unless a candidate is better) and its score.
+    """
+    multiples = np.linspace(options.alpha, options.beta, options.candidates)
+    scores: dict[int, float] = {}
+
+    def score(index: int) -> float:
+        if index not in scores:
+            scores[index] = score_of(scaled(start, float(multiples[index])), readers, options.objective)
+        return scores[index]
+
+    step = _COARSE if len(multiples) > 4 * _COARSE else 1
+    best = max(range(0, len(multiples), step), key=score)
+    if step > 1:
+        best = max(range(max(best - step + 1, 0), min(best + step, len(multiples))), key=score)
+    at_start = score_of(start, readers, options.objective)
+    # Cosines within 1e-6 are a tie: it goes to the start.
+    if score(best) <= at_start + 1e-6:
+        return start, at_start
+    return scaled(start, float(multiples[best])), score(best)

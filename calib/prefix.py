@@ -1,0 +1,215 @@
+"""What reaches a layer, in the float model and behind the already quantized part of the network: :class:`Prefix`.
+
+Scale search goes through the network from its inputs to its outputs. For each tensor it needs, sample by sample, the
+float value and the value that the quantized network computed so far produces. Running both networks from their inputs
+for every tensor would cost the square of the depth; instead the values that cross a cut (the *frontier*) are written to
+a temporary file from time to time, integer codes as integers, and the next layers start from there. Memory stays that of
+one sample; the file holds one cut of the network for all samples, wherever a cut is small.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from postquant.calib.source import CalibrationSource
+from postquant.passes.emit import emit
+from postquant.passes.plan import QuantPlan
+from postquant.passes.session import make_session
+
+Sample = dict[str, npt.NDArray[Any]]
+
+# A cut is written when so many weighted nodes lie behind the last one, and the cut is so small.
+_MIN_LAYERS = 3
+_MAX_CUT_BYTES = 2 << 20
+_MAX_SPOOL_BYTES = 4 << 30
+_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+
+@dataclasses.dataclass
+class _Side:
+    """One of the two networks.
+
+    Attributes:
+        start: Names of the values at which it starts; None for the graph's inputs.
+        spool: File that holds them for all samples; None for the calibration data.
+    """
+
+    start: tuple[str, ...] | None = None
+    spool: pathlib.Path | None = None
+
+
+class Prefix:
+    """Streams the inputs of layers.
+
+    Args:
+        model: The simplified float model.
+        source: Calibration data.
+        folder: Existing folder for temporary files.
+        threads: Threads of onnxruntime.
+    """
+
+    def __init__(self, model: ir.Model, source: CalibrationSource, folder: pathlib.Path, *, threads: int = 1) -> None:
+        self._model = model
+        self._source = source
+        self._folder = folder
+        self._threads = threads
+        self._float = _Side()
+        self._quantized = _Side()
+        self._number = 0
+
+    def stream(
+        self, plan: QuantPlan, tensor: str, *, limit: int | None = None, decided: Iterable[str] | None = None
+    ) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
+        """The tensor for each sample.
+
+        Args:
+            plan: The decisions so far; everything that ``tensor`` depends on is decided, the tensor itself is not.
+            tensor: A value of the float model.
+            limit: Only so many samples, evenly spaced.
+            decided: Tensors whose readers may still come but whose makers never run again: the next calls will
+                start behind them. Only without ``limit``.
+
+        Yields:
+            The float value and the one behind the quantized prefix, before its own quantizer.
+        """
+        quantized = emit(self._model, plan)
+        plans = [(self._model, self._float), (quantized, self._quantized)]
+        cuts: list[tuple[str, ...]] = [(), ()]
+        if decided is not None:
+            names = list(decided)
+            cuts = [_frontier(model, names, side.start) for model, side in plans]
+            layers = _layers_behind(self._model, self._float.start, names)
+            if layers < _MIN_LAYERS or not all(cuts):
+                cuts = [(), ()]
+        sessions = [
+            make_session(
+                model,
+                inputs=side.start,
+                outputs=list(dict.fromkeys((tensor, *cut))),
+                dtypes=_dtypes(model, side.start),
+                threads=self._threads,
+            )
+            for (model, side), cut in zip(plans, cuts, strict=True)
+        ]
+        self._number += 1
+        files = [self._folder / f"{self._number}-{side}.cut" for side in ("float", "quantized")]
+        writers = [open(path, "wb") if cut else None for path, cut in zip(files, cuts, strict=True)]  # noqa: SIM115
+        try:
+            for index, feeds in enumerate(zip(self._feeds(self._float, limit), self._feeds(self._quantized, limit))):
+                results = [session.run(feed) for session, feed in zip(sessions, feeds, strict=True)]
+                if index == 0 and any(writers) and not self._fits(results, cuts):
+                    for writer in filter(None, writers):
+                        writer.close()
+                    writers, cuts = [None, None], [(), ()]
+                for writer, cut, result in zip(writers, cuts, results, strict=True):
+                    if writer is not None:
+                        for name in cut:
+                            np.lib.format.write_array(writer, np.ascontiguousarray(result[name]), allow_pickle=False)
+                yield results[0][tensor], results[1][tensor]
+        finally:
+            for writer in filter(None, writers):
+                writer.close()
+        for side, path, cut in zip((self._float, self._quantized), files, cuts, strict=True):
+            if cut:
+                if side.spool is not None:
+                    side.spool.unlink()
+                side.start, side.spool = cut, path
+            elif path.exists():
+                path.unlink()
+
+    def _fits(self, results: Sequence[Sample], cuts: Sequence[tuple[str, ...]]) -> bool:
+        size = sum(result[name].nbytes for result, cut in zip(results, cuts, strict=True) for name in cut)
+        return size <= _MAX_CUT_BYTES and size * len(self._source) <= _MAX_SPOOL_BYTES
+
+    def _feeds(self, side: _Side, limit: int | None) -> Iterator[Sample]:
+        count = len(self._source)
+        wanted = set(spaced(count, limit))
+        if side.spool is None or side.start is None:
+            yield from self._source.read(sorted(wanted))
+            return
+        with open(side.spool, "rb") as file:
+            for index in range(count):
+                sample = {name: np.lib.format.read_array(file, allow_pickle=False) for name in side.start}
+                if index in wanted:
+                    yield sample
+
+
+def spaced(count: int, limit: int | None) -> list[int]:
+    """``limit`` indices spread evenly over ``range(count)``; all when None.
+
+    >>> spaced(10, 4)
+    [0, 2, 5, 7]
+    """
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [i * count // limit for i in range(limit)]
+
+
+def _frontier(model: ir.Model, tensors: Sequence[str], start: Sequence[str] | None) -> tuple[str, ...]:
+    """Values that lie between the nodes that make ``tensors`` and the nodes still to come.
+
+    DequantizeLinear counts as still to come, so that codes cross the cut instead of floats.
+    """
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    begin = {v for v in model.graph.inputs} if start is None else set()
+    if start is not None:
+        inputs = {v.name: v for v in model.graph.inputs}
+        begin = {values.get(name) or inputs[name] for name in start}
+    done: set[ir.Node] = set()
+    stack = []
+    for name in tensors:
+        # What is stored in place of the tensor, if it is quantized: the tensor itself may be gone.
+        for candidate in (f"{name}_saturated", f"{name}_quantized", name):
+            if candidate in values:
+                stack.append(values[candidate])
+                break
+    while stack:
+        value = stack.pop()
+        node = value.producer()
+        if node is None or node in done or value in begin:
+            continue
+        done.add(node)
+        stack.extend(v for v in node.inputs if v is not None)
+    crossing: dict[str, None] = {}
+    for value in (*begin, *(v for node in model.graph if node in done for v in node.outputs)):
+        if value in begin and value.producer() in done:
+            continue
+        later = any(use.node not in done for use in value.uses()) or value.is_graph_output()
+        if later and value.name is not None:
+            crossing[value.name] = None
+    return tuple(sorted(crossing))
+
+
+def _layers_behind(model: ir.Model, start: Sequence[str] | None, tensors: Sequence[str]) -> int:
+    """Number of weighted nodes between the last cut and ``tensors``."""
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    stop = set(start or ())
+    seen: set[ir.Node] = set()
+    stack = [values[name] for name in tensors if name in values]
+    while stack:
+        value = stack.pop()
+        node = value.producer()
+        if node is None or node in seen or value.name in stop:
+            continue
+        seen.add(node)
+        stack.extend(v for v in node.inputs if v is not None)
+    return sum(node.op_type in _WEIGHTED for node in seen)
+
+
+def _dtypes(model: ir.Model, names: Sequence[str] | None) -> dict[str, ir.DataType]:
+    """Element types of code tensors at a cut."""
+    result = {}
+    for node in model.graph:
+        if node.op_type in ("QuantizeLinear", "Clip") and node.outputs[0].name in (names or ()):
+            point = node.inputs[2] if node.op_type == "QuantizeLinear" else node.inputs[1]
+            if point is not None and point.dtype is not None:
+                result[node.outputs[0].name or ""] = point.dtype
+    return result
+

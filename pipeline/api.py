@@ -1,0 +1,217 @@
+"""``postquant.quantize``: a model and calibration data in; a quantized model, its plan and a report out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import pathlib
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from postquant.passes.plan import QuantPlan, write_atomically
+from postquant.passes.target import Target, load_target
+from postquant.pipeline.checkpoint import Checkpoint
+from postquant.pipeline.config import QuantConfig
+from postquant.pipeline.fingerprint import digest_file, digest_model, fingerprint, package_versions
+from postquant.pipeline.inputs import ModelInput, external_files, model_file, open_calibration, read_data
+from postquant.pipeline.job import Job, Outcome
+from postquant.pipeline.load import load_model, save_model
+from postquant.pipeline.output import (
+    MODEL_FILE,
+    PLAN_FILE,
+    REPORT_FILE,
+    check_inputs_stay,
+    check_space,
+    is_disk_full,
+    output_error,
+    output_folder,
+    publish,
+    put_aside,
+)
+from postquant.pipeline.progress import NullProgress
+from postquant.pipeline.report import Report, RunStats
+from postquant.pipeline.run_stats import StopWatch
+from postquant.pipeline.stages import run_pipeline
+from postquant.runtime_ops.errors import ConfigError, VerificationError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizationResult:
+    """A verified quantized model.
+
+    Attributes:
+        plan: Every decision that the model was written from.
+        report: What was done, and how good the result is.
+        stats: What the run cost.
+        folder: Where ``model.onnx``, ``plan.safetensors`` and ``report.json`` are: ``out``, or a temporary folder
+            that is there as long as this object.
+    """
+
+    plan: QuantPlan
+    report: Report
+    stats: RunStats
+    folder: pathlib.Path
+
+    @functools.cached_property
+    def model(self) -> ir.Model:
+        """The model as it was written; weights in external data are read from ``folder`` when somebody wants them."""
+        return load_model(self.folder / MODEL_FILE, check=False)
+
+    def save(self, out: str | os.PathLike[str]) -> None:
+        """Writes ``model.onnx``, ``plan.safetensors`` and ``report.json`` to another folder.
+
+        Raises:
+            OutputError: If the folder cannot be written.
+        """
+        target = pathlib.Path(out)
+        with output_folder(target), _disk_full_told(target), Checkpoint(target, "", NullProgress().say) as checkpoint:
+            staging = checkpoint.staging()
+            for name in (*self.report.files, REPORT_FILE):
+                shutil.copyfile(self.folder / name, staging / name)
+            publish(staging, target)
+
+
+def quantize(
+    model: ModelInput,
+    calibration: object,
+    config: QuantConfig | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    progress: NullProgress | None = None,
+    target: Target | None = None,
+) -> QuantizationResult:
+    """Quantizes a model.
+
+    Args:
+        model: Path, bytes, ``onnx.ModelProto`` or ``onnx_ir.Model``; never changed.
+        calibration: Path of a ``.npz`` or ``.npy`` file or of a folder of them or of images; an iterable of feeds
+            (input name -> array); an onnxruntime ``CalibrationDataReader``; or a ``CalibrationSource``.
+        config: Settings; the defaults where None.
+        out: Folder for the result. A run that was interrupted goes on where it stopped when it is started again with
+            the same arguments and the same folder.
+        progress: Who is told what happens; nobody by default.
+        target: A target to use instead of ``config.target``.
+
+    Returns:
+        The result; it has passed its verification.
+
+    Raises:
+        PostquantError: If the model, the data, a setting or the folder is wrong; the text is one sentence.
+        VerificationError: If the written model does not do what the plan says. With ``out``, the files are in
+            ``out/failed-verification``.
+    """
+    watch = StopWatch()
+    config = config or QuantConfig()
+    target = target or load_target(config.target)
+    progress = progress or NullProgress()
+    _check_libraries(config)
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if out is not None:
+            folder = pathlib.Path(out)
+            stack.enter_context(_disk_full_told(folder))
+            stack.enter_context(output_folder(folder))
+        path = stack.enter_context(model_file(model))
+        progress.stage("read model")
+        job = _job(path, calibration, config, target, progress, folder)
+        plan, report, folder = _run_in_memory(job) if folder is None else _run_into(folder, job)
+    result = QuantizationResult(plan, report, watch.read(), folder)
+    if out is None:
+        weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
+    return result
+
+
+def _check_libraries(config: QuantConfig) -> None:
+    for library in config.custom_ops:
+        if not pathlib.Path(library).is_file():
+            raise ConfigError("there is no such library of custom operators", where="custom_ops", found=library)
+
+
+def _job(
+    path: pathlib.Path,
+    calibration: object,
+    config: QuantConfig,
+    target: Target,
+    progress: NullProgress,
+    folder: pathlib.Path | None,
+) -> Job:
+    """Reads and checks everything that the run depends on."""
+    model = load_model(path, custom_ops=config.custom_ops)
+    external = external_files(model)
+    size = sum(file.stat().st_size for file in (path, *external))
+    if folder is not None:
+        check_inputs_stay(folder, (path, *external))
+        check_space(folder, size // 8)  # two-bit weights stored as such would take that much
+    source = open_calibration(calibration, model, config)
+    data_digest, inputs = read_data(source, progress)
+    report = Report(
+        model=path.name,
+        model_sha256=digest_model(path, external),
+        data_sha256=data_digest,
+        samples=len(source),
+        target=target.name,
+        settings=config.to_json(),
+        versions=package_versions(),
+        size_before=size,
+        inputs=inputs,
+        notes=source.notes,
+    )
+    return Job(model, source, config, target, report, progress=progress)
+
+
+def _run_into(folder: pathlib.Path, job: Job) -> tuple[QuantPlan, Report, pathlib.Path]:
+    """Runs with checkpoints, and publishes the result or puts it aside."""
+    key = fingerprint(job.report.model_sha256, job.report.data_sha256, job.config, job.target)
+    with Checkpoint(folder, key, job.progress.say) as checkpoint:
+        outcome = run_pipeline(dataclasses.replace(job, checkpoint=checkpoint))
+        staging = checkpoint.staging()
+        report = _write(outcome, staging)
+        if outcome.failure is None:
+            publish(staging, folder)
+            return outcome.plan, report, folder
+        aside = put_aside(staging, folder, str(outcome.failure))
+    failure = outcome.failure
+    raise VerificationError(
+        failure.what,
+        where=failure.where,
+        expected=failure.expected,
+        found=failure.found,
+        hint=f"the files are kept aside in {aside}",
+    )
+
+
+def _run_in_memory(job: Job) -> tuple[QuantPlan, Report, pathlib.Path]:
+    """Runs without checkpoints; the result goes to a temporary folder."""
+    outcome = run_pipeline(job)
+    if outcome.failure is not None:
+        raise outcome.failure
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="postquant."))
+    return outcome.plan, _write(outcome, folder), folder
+
+
+def _write(outcome: Outcome, folder: pathlib.Path) -> Report:
+    """Writes the three files; returns the report as written."""
+    save_model(outcome.model, folder / MODEL_FILE)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    outcome.plan.save(folder / PLAN_FILE)
+    digests = {path.name: digest_file(path) for path in sorted(folder.iterdir())}
+    report = dataclasses.replace(outcome.report, size_after=size, files=digests)
+    write_atomically(folder / REPORT_FILE, report.to_bytes())
+    return Report.load(folder / REPORT_FILE)
+
+
+@contextlib.contextmanager
+def _disk_full_told(folder: pathlib.Path) -> Iterator[None]:
+    """Says in one sentence that the disk is full, whoever notices it."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise output_error(error, folder) from error
+        raise

@@ -1,0 +1,272 @@
+"""The command ``postquant``. Everything heavy is imported by the command that needs it.
+
+Exit codes: 0 done; 2 a mistake in the input, told in one line; 3 the verification failed; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from postquant.pipeline.cli_options import option, read_options
+from postquant.pipeline.config import QuantConfig
+from postquant.runtime_ops.errors import OutputError, PostquantError, VerificationError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from postquant.calib.source import CalibrationSource
+    from postquant.pipeline.progress import NullProgress
+
+_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="postquant",
+    help="Post-training quantization of exported ONNX models that the receiver can check.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Data = Annotated[str, typer.Option("--data", metavar="DATA", help="Samples: a .npz, .npy or a folder of them.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"postquant {importlib.metadata.version('postquant')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL.onnx", help="The float model.")],
+    calib: Annotated[
+        str,
+        typer.Option(
+            "--calib",
+            metavar="DATA",
+            help="Calibration samples: a .npz, a .npy, a folder of them, or a folder of images (see [image]).",
+        ),
+    ],
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder for model, plan and report.")],
+    wbits: Annotated[str | None, option("wbits")] = None,
+    abits: Annotated[str | None, option("abits")] = None,
+    method: Annotated[str | None, option("method")] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", metavar="FILE", help="quant.toml; options win over it.")
+    ] = None,
+    target: Annotated[str | None, option("target")] = None,
+    seed: Annotated[str | None, option("seed")] = None,
+    threads: Annotated[str | None, option("threads")] = None,
+    samples: Annotated[str | None, option("samples")] = None,
+    first_last_bits: Annotated[str | None, option("first_last_bits")] = None,
+    sums_bits: Annotated[str | None, option("sums_bits")] = None,
+    objective: Annotated[str | None, option("objective")] = None,
+    alpha: Annotated[str | None, option("alpha")] = None,
+    beta: Annotated[str | None, option("beta")] = None,
+    candidates: Annotated[str | None, option("candidates")] = None,
+    rounds: Annotated[str | None, option("rounds")] = None,
+    percentile: Annotated[str | None, option("percentile")] = None,
+    lp: Annotated[str | None, option("lp")] = None,
+    equalize: Annotated[bool | None, option("equalize")] = None,
+    cross_layer: Annotated[bool | None, option("cross_layer")] = None,
+    smooth: Annotated[bool | None, option("smooth")] = None,
+    bias_correction: Annotated[bool | None, option("bias_correction")] = None,
+    simplify: Annotated[bool | None, option("simplify")] = None,
+    weight_storage: Annotated[str | None, option("weight_storage")] = None,
+    max_positions: Annotated[str | None, option("max_positions")] = None,
+    verify_samples: Annotated[str | None, option("verify_samples")] = None,
+    custom_ops: Annotated[list[str] | None, option("custom_ops")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every layer in the table.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model: writes DIR/model.onnx, DIR/plan.safetensors and DIR/report.json.
+
+    Interrupted at any point, the same command goes on after the last finished stage.
+    """
+    given = dict(locals())
+    with _told("run the same command again to go on after the last finished stage"):
+        fields = QuantConfig.__dataclass_fields__
+        options = read_options({name: value for name, value in given.items() if name in fields})
+        settings = QuantConfig.from_toml(config, **options) if config else QuantConfig(**options)
+        from postquant.pipeline.api import quantize as run
+
+        with _progress(quiet or as_json) as progress:
+            result = run(pathlib.Path(model), calib, settings, out=out, progress=progress)
+        if as_json:
+            run_stats = {"seconds": round(result.stats.seconds, 3), "peak_bytes": result.stats.peak_bytes}
+            _print_json({"report": result.report.to_json(), "run": run_stats, "out": out})
+        elif not quiet:
+            from postquant.pipeline.summary import print_summary
+
+            print_summary(result.report, result.stats, _console(), out=pathlib.Path(out), verbose=verbose)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="FILE|DIR", help="A model, a plan, or a result folder.")],
+    as_json: Json = False,
+) -> None:
+    """Show what a model or a result holds: operators, bits, scales, what is float."""
+    with _told():
+        from postquant.pipeline.inspection import inspect_model
+        from postquant.pipeline.tables import print_inspection
+
+        inspection = inspect_model(pathlib.Path(path))
+        if as_json:
+            _print_json(inspection.to_json())
+        else:
+            print_inspection(inspection, _console())
+
+
+@app.command()
+def compare(
+    fp32: Annotated[str, typer.Argument(metavar="FP32.onnx", help="The float model.")],
+    quant: Annotated[str, typer.Argument(metavar="QUANT.onnx", help="The quantized model.")],
+    data: Data,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Compare a quantized model with its float model, layer by layer and end to end."""
+    with _told():
+        from postquant.pipeline.compare import compare_models
+        from postquant.pipeline.tables import print_comparison
+
+        with _progress(quiet or as_json) as progress:
+            comparison = compare_models(pathlib.Path(fp32), pathlib.Path(quant), _source(data, fp32), progress=progress)
+        if as_json:
+            _print_json(comparison.to_json())
+        else:
+            print_comparison(comparison, _console())
+
+
+@app.command()
+def verify(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A result folder.")],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="DATA", help="Samples; without them seeded random ones in the recorded range."),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Check a result folder again: digests, ONNX checker, onnxruntime, plan against model, integers."""
+    with _told():
+        from postquant.pipeline.verify_folder import verify_folder
+
+        with _progress(quiet or as_json) as progress:
+            checks = verify_folder(pathlib.Path(directory), data, progress=progress)
+        if as_json:
+            _print_json({"passed": all(c.passed for c in checks), "checks": [c.to_json() for c in checks]})
+        elif not quiet:
+            from postquant.pipeline.summary import print_checks
+
+            print_checks(checks, _console())
+        failed = [check.name for check in checks if not check.passed]
+        if failed:
+            raise VerificationError("the verification failed", where=directory, found=", ".join(failed))
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder for the results.")] = "postquant-demo",
+) -> None:
+    """Quantize a small network on handwritten digits and compare its accuracy with onnxruntime's quantizer."""
+    with _told():
+        from postquant.pipeline.demo import run_demo
+
+        run_demo(pathlib.Path(out), _console())
+
+
+@app.command()
+def targets(as_json: Json = False) -> None:
+    """List the built-in targets."""
+    with _told():
+        from postquant.pipeline.targets_list import builtin_targets
+
+        found = builtin_targets()
+        if as_json:
+            _print_json([{"name": name, "description": text} for name, text in found])
+        else:
+            for name, text in found:
+                typer.echo(f"{name:<18} {text}")
+
+
+def main() -> None:
+    """Entry point of the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a name that the terminal cannot show is no reason to fail
+    app()
+
+
+@contextlib.contextmanager
+def _told(resume: str | None = None) -> Iterator[None]:
+    """Turns errors into one line on standard error and an exit code."""
+    try:
+        yield
+        sys.stdout.flush()
+    except PostquantError as error:
+        raise _ended(str(error), error.exit_code) from None
+    except KeyboardInterrupt:
+        raise _ended(f"interrupted{f'; {resume}' if resume else ''}.", _INTERRUPTED) from None
+    except MemoryError:
+        raise _ended("not enough memory; use fewer or smaller calibration samples.", 2) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of the pipe has left
+        raise typer.Exit(0) from None
+    except OSError as error:
+        name = f" ({error.filename})" if error.filename else ""
+        raise _ended(f"{error.strerror or error}{name}.", OutputError.exit_code) from None
+
+
+def _ended(text: str, code: int) -> typer.Exit:
+    prefix = "error: " if code != _INTERRUPTED else ""
+    typer.echo(prefix + " ".join(text.split()), err=True)
+    return typer.Exit(code)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    # Redirected output is not folded to 80 columns: a table in a file keeps whole names.
+    return Console(file=stream, width=None if stream.isatty() or "COLUMNS" in os.environ else 140, highlight=False)
+
+
+def _progress(silent: bool) -> NullProgress:
+    from postquant.pipeline.progress import BarProgress, NullProgress
+
+    return NullProgress() if silent else BarProgress(_console(stderr=True))
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _source(data: str, model: str) -> CalibrationSource:
+    from postquant.pipeline.inputs import open_source_for
+
+    return open_source_for(pathlib.Path(model), data)

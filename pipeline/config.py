@@ -1,0 +1,209 @@
+"""Every setting of a quantization, in one frozen value: :class:`QuantConfig`.
+
+A setting has the same name as a keyword argument, as a key of ``quant.toml`` and, with dashes, as a command line
+option. What is allowed stands once, beside the field (:mod:`postquant.pipeline.settings`); the constructor, the file
+reader, the command line and the documentation use that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from postquant.calib.image_preprocess import Channels, ImagePreprocess, Interpolation, Layout, Resize
+from postquant.passes.target import WeightStorage
+from postquant.pipeline.settings import check_fields, choice, flag, integer, number, paths, record, records, text
+from postquant.runtime_ops.errors import ConfigError
+
+
+class Method(enum.Enum):
+    """How scales are chosen."""
+
+    EASYQUANT = "easyquant"
+    MSE = "mse"
+    MINMAX = "minmax"
+    ENTROPY = "entropy"
+    PERCENTILE = "percentile"
+
+
+class Objective(enum.Enum):
+    """What EasyQuant's search compares a layer's outputs by."""
+
+    COSINE = "cosine"
+    MSE = "mse"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OverrideConfig:
+    """One ``[[override]]``: other settings for the nodes that it selects. Later ones win.
+
+    Attributes:
+        node: Pattern of node names in the simplified model (``*`` and ``?`` as in a shell), or None for any.
+        op_type: Operator type ("Conv"), or None for any.
+        wbits: Bits of the weights of these nodes, 2 to 8.
+        abits: Bits of the inputs of these nodes, 2 to 8.
+        float: True leaves these nodes in float; False quantizes what an earlier override left in float.
+        symmetric: Whether the stored outputs of these nodes have a symmetric range.
+
+    Raises:
+        ConfigError: If it selects nothing in particular, changes nothing, or contradicts itself.
+    """
+
+    node: str | None = text("pattern of node names", none="any")
+    op_type: str | None = text("operator type", none="any")
+    wbits: int | None = integer("bits of the weights", low=2, high=8, none="unchanged")
+    abits: int | None = integer("bits of the inputs", low=2, high=8, none="unchanged")
+    float: bool | None = flag("leave these nodes in float", none="unchanged")
+    symmetric: bool | None = flag("symmetric range of the outputs", none="unchanged")
+
+    def __post_init__(self) -> None:
+        check_fields(self, "override")
+        if self.node is None and self.op_type is None:
+            raise ConfigError("an override selects nothing", where="override", expected="node, op_type or both")
+        changes = (self.wbits, self.abits, self.symmetric)
+        if self.float is None and changes == (None, None, None):
+            raise ConfigError(
+                "an override changes nothing",
+                where=f"override of {self.node or self.op_type}",
+                expected="one of wbits, abits, float, symmetric",
+            )
+        if self.float and changes != (None, None, None):
+            raise ConfigError(
+                "an override contradicts itself",
+                where=f"override of {self.node or self.op_type}",
+                expected="float = true alone, or bits and scheme without it",
+            )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ImageConfig:
+    """``[image]``: how a folder of image files becomes input arrays (:class:`ImagePreprocess`, field by field).
+
+    Raises:
+        ConfigError: If a value is wrong or the values contradict each other.
+    """
+
+    size: tuple[int, ...] | None = integer("height and width of the result", low=1, length=(1, 2), none="input")
+    resize: Resize = choice(Resize, "how an image gets that size", default=Resize.CROP)
+    shorter_side: int | None = integer("shorter side before the crop, in pixels", low=1, none="size")
+    interpolation: Interpolation = choice(Interpolation, "filter of the resizing", default=Interpolation.BILINEAR)
+    channels: Channels = choice(Channels, "channel order", default=Channels.RGB)
+    layout: Layout = choice(Layout, "axis order", default=Layout.NCHW)
+    scale: float = number("factor of the 0..255 values", default=1 / 255)
+    mean: tuple[float, ...] = number("subtracted per channel", default=(0.0,), length=(1, 3))
+    std: tuple[float, ...] = number("divided by per channel", default=(1.0,), above=0.0, length=(1, 3))
+
+    def __post_init__(self) -> None:
+        check_fields(self, "image")
+        try:
+            self.preprocess()
+        except ValueError as error:
+            raise ConfigError("the image preprocessing is wrong", where="image", found=str(error)) from None
+
+    def preprocess(self) -> ImagePreprocess:
+        """The preprocessing itself."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.size is not None:
+            values["size"] = (self.size[0], self.size[-1])
+        return ImagePreprocess(**values)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class QuantConfig:
+    """Settings of one quantization. Every field has a default; wrong values cannot be built.
+
+    Enumerations may be given as their strings (``method="mse"``). The meaning of each field, its range and its
+    default are in ``docs/configuration.md``.
+
+    Raises:
+        ConfigError: If a value has the wrong type or is out of its range; the text names the field.
+
+    >>> QuantConfig(wbits=4, method="mse").method
+    <Method.MSE: 'mse'>
+    """
+
+    wbits: int = integer("bits of the weights", default=8, low=2, high=8)
+    abits: int = integer("bits of the inputs of Conv, ConvTranspose, Gemm and MatMul", default=8, low=2, high=8)
+    method: Method = choice(Method, "how scales are chosen", default=Method.EASYQUANT)
+    target: str = text("a built-in target or the path of a target file", default="onnxruntime")
+    seed: int = integer("seed of every random choice", default=0, low=0, high=2**32 - 1)
+    threads: int = integer("threads, 0 for all; never changes the result", default=0, low=0, high=1024)
+    samples: int | None = integer("use at most this many calibration samples", low=1, none="all")
+    first_last_bits: int | None = integer(
+        "bits of the first and the last layers where wbits or abits is lower", default=8, low=2, high=8, none="same"
+    )
+    sums_bits: int = integer("bits of residual sums, pooling and other element-wise tensors", default=8, low=2, high=8)
+    objective: Objective = choice(Objective, "EasyQuant: what layer outputs are compared by", default=Objective.COSINE)
+    alpha: float = number("EasyQuant: smallest candidate, as a multiple of the starting scale", default=0.5, above=0.0)
+    beta: float = number("EasyQuant: largest candidate, as a multiple of the starting scale", default=2.0, above=0.0)
+    candidates: int = integer("EasyQuant: candidates per search", default=100, low=2, high=10000)
+    rounds: int | None = integer("EasyQuant: rounds over the network", low=1, high=100, none="auto")
+    percentile: float = number("percentile method: kept share in percent", default=99.99, above=50.0, high=100.0)
+    lp: float = number("MSE method: exponent of the error", default=2.4, low=1.0, high=8.0)
+    equalize: bool = flag("free per-channel equalization at depthwise inputs", default=True)
+    cross_layer: bool = flag("cross-layer equalization", default=True)
+    smooth: bool = flag("SmoothQuant-style migration for MatMul", default=True)
+    bias_correction: bool = flag("bias correction of the weight error", default=True)
+    simplify: bool = flag("simplify the model with onnxsim first", default=True)
+    weight_storage: WeightStorage | None = choice(WeightStorage, "container of 4-bit weights", none="target")
+    max_positions: int = integer(
+        "output positions per layer that the search reads where second moments do not serve", default=8192, low=64
+    )
+    verify_samples: int = integer("samples on which the result is verified and measured", default=32, low=1)
+    custom_ops: tuple[str, ...] = paths("libraries with custom operators that the model needs")
+    image: ImageConfig | None = record(ImageConfig, "preprocessing of a folder of images", none="none")
+    override: tuple[OverrideConfig, ...] = records(OverrideConfig, "other settings for some nodes")
+
+    def __post_init__(self) -> None:
+        check_fields(self, "configuration")
+        if self.alpha > 1.0 or self.beta < 1.0:
+            raise ConfigError(
+                "the candidates of the scale search leave out the starting scale",
+                where="alpha, beta",
+                expected="alpha <= 1 <= beta",
+                found=f"alpha = {self.alpha}, beta = {self.beta}",
+            )
+
+    @classmethod
+    def from_toml(cls, path: str | os.PathLike[str], **options: Any) -> QuantConfig:
+        """Reads a configuration file; ``options`` (of the command line) win over the file.
+
+        Args:
+            path: A TOML file; relative paths in it are relative to its folder.
+            **options: Fields by name; None stands for "not given".
+
+        Raises:
+            ConfigError: If the file cannot be read, has an unknown key, or a value of the wrong type or range; the
+                text names the file, the line and what is allowed.
+        """
+        from postquant.pipeline.config_file import read_config  # it builds this class
+
+        return read_config(pathlib.Path(path), options)
+
+    def with_options(self, options: Mapping[str, Any]) -> QuantConfig:
+        """The configuration with the given fields replaced; None stands for "not given"."""
+        return dataclasses.replace(self, **{name: value for name, value in options.items() if value is not None})
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values, in a fixed order, without ``threads``, which never changes a result.
+
+        Paths are reduced to file names, so that equal runs in different folders give equal reports.
+        """
+        result = {f.name: _json(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "threads"}
+        result["target"] = pathlib.PurePath(self.target).name
+        result["custom_ops"] = [pathlib.PurePath(p).name for p in self.custom_ops]
+        return result
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_json(item) for item in value]
+    return value

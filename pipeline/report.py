@@ -1,0 +1,259 @@
+"""``report.json``: what was done to a model and what it costs, as plain frozen values.
+
+The content depends on the model, the data, the settings and the versions only: two equal runs write equal bytes. Time
+and memory (:class:`RunStats`) are therefore printed, and not part of it. The format is documented in
+``docs/report.md``; :data:`SCHEMA_VERSION` changes whenever a reader of the old format would misread the new one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from postquant.runtime_ops.errors import ModelError
+
+SCHEMA_VERSION = 1
+LARGEST_SQNR_DB = 200.0
+_DIGITS = 6
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One quantized Conv, ConvTranspose, Gemm or MatMul.
+
+    Attributes:
+        node: Name in the simplified model.
+        op_type: Operator type.
+        wbits: Bits of the weight; None where both inputs are activations.
+        abits: Bits of the input.
+        weight_shape: Shape of the weight; None where there is none.
+        weight_scales: Smallest and largest scale of the weight's channels.
+        input_scale: Scale of the input.
+        input_zero_point: Zero point of the input.
+        sqnr_db: SQNR of the layer's output in the whole quantized model against the float model, in dB.
+        cosine: Cosine similarity of the same two.
+        gains: Stage -> what it gained for this layer, in dB of the layer's own output error.
+    """
+
+    node: str
+    op_type: str
+    wbits: int | None = None
+    abits: int | None = None
+    weight_shape: tuple[int, ...] | None = None
+    weight_scales: tuple[float, ...] | None = None
+    input_scale: float | None = None
+    input_zero_point: int | None = None
+    sqnr_db: float | None = None
+    cosine: float | None = None
+    gains: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputReport:
+    """One output of the model, quantized against float.
+
+    Attributes:
+        name: Output name.
+        sqnr_db: SQNR in dB over all measured samples.
+        cosine: Cosine similarity.
+        max_abs_error: Largest absolute difference, in units of the output.
+        agreement: Share of positions whose largest class (last axis) is the same, 0..1; None where that means nothing.
+    """
+
+    name: str
+    sqnr_db: float
+    cosine: float | None = None
+    max_abs_error: float | None = None
+    agreement: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FloatReport:
+    """A node that stayed in float, and why."""
+
+    node: str
+    op_type: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageReport:
+    """One stage, for the ablation.
+
+    Attributes:
+        name: Stage.
+        kept: Whether its change was kept.
+        sqnr_db: Output SQNR after it where it was measured, in dB.
+        detail: What it did, one clause.
+    """
+
+    name: str
+    kept: bool = True
+    sqnr_db: float | None = None
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckReport:
+    """One check of the verification."""
+
+    name: str
+    passed: bool
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputReport:
+    """One input of the model, with the range that calibration saw (for ``postquant verify`` without data).
+
+    Attributes:
+        name: Input name.
+        dtype: NumPy dtype.
+        shape: Dimensions; strings and None are free.
+        low: Smallest calibration value.
+        high: Largest calibration value.
+        sample_shape: Shape of the first calibration sample, batch axis included.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+    low: float | None = None
+    high: float | None = None
+    sample_shape: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything about one quantization.
+
+    Attributes:
+        model: Name of the source model: its file name, or the graph's name.
+        model_sha256: Digest of the source model with its external data.
+        data_sha256: Digest of the calibration data.
+        samples: Calibration samples used.
+        target: Name of the target.
+        settings: :meth:`QuantConfig.to_json`.
+        versions: Package -> version.
+        size_before: Bytes of the source model with external data.
+        size_after: Bytes of the result with external data.
+        inputs: The model's inputs.
+        layers: Quantized layers, in graph order.
+        outputs: Quality of the outputs.
+        floats: What stayed in float.
+        stages: What happened, in order.
+        checks: The verification.
+        notes: What else must not go unsaid.
+        files: File name -> SHA-256 of the files of the result, this report excepted.
+    """
+
+    model: str
+    model_sha256: str
+    data_sha256: str
+    samples: int
+    target: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    size_before: int
+    size_after: int = 0
+    inputs: tuple[InputReport, ...] = ()
+    layers: tuple[LayerReport, ...] = ()
+    outputs: tuple[OutputReport, ...] = ()
+    floats: tuple[FloatReport, ...] = ()
+    stages: tuple[StageReport, ...] = ()
+    checks: tuple[CheckReport, ...] = ()
+    notes: tuple[str, ...] = ()
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check of the verification passed."""
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values, with its schema version."""
+        return {"schema_version": SCHEMA_VERSION, **_encode(self)}
+
+    def to_bytes(self) -> bytes:
+        """The content of ``report.json``."""
+        return (json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> Report:
+        """Reads ``report.json``.
+
+        Raises:
+            ModelError: If it is missing, damaged, or of another schema version.
+        """
+        try:
+            data = json.loads(path.read_bytes())
+        except OSError as error:
+            raise ModelError("the report cannot be read", where=str(path), found=error.strerror or str(error)) from None
+        except ValueError as error:
+            raise ModelError("the report is damaged", where=str(path), found=str(error)) from None
+        version = data.pop("schema_version", None) if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise ModelError(
+                "the report has another format",
+                where=str(path),
+                expected=f"schema_version {SCHEMA_VERSION}",
+                found="none" if version is None else f"{version}",
+            )
+        try:
+            return _decode(cls, data)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ModelError("the report is damaged", where=str(path), found=str(error)) from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunStats:
+    """What one run cost; differs between runs, so it is printed and never stored.
+
+    Attributes:
+        seconds: Wall time.
+        peak_bytes: Largest resident memory of the process; None where the system does not tell.
+    """
+
+    seconds: float
+    peak_bytes: int | None
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): _encode(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_encode(item) for item in value]
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return value
+    if hasattr(value, "__index__"):
+        return int(value)
+    return _number(float(value))
+
+
+def _number(value: float) -> float | None:
+    """Six significant digits; infinity, the SQNR of an exact result, becomes :data:`LARGEST_SQNR_DB`."""
+    if math.isnan(value):
+        return None
+    if math.isinf(value):
+        return math.copysign(LARGEST_SQNR_DB, value)
+    return float(f"{value:.{_DIGITS}g}")
+
+
+def _decode(kind: Any, value: Any) -> Any:
+    """The inverse of :func:`_encode`, led by type hints."""
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: _decode(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
+    if get_origin(kind) is tuple:
+        return tuple(_decode(get_args(kind)[0], item) for item in value)
+    if isinstance(value, list):  # a tuple | None
+        return tuple(value)
+    return value

@@ -1,0 +1,290 @@
+"""Does a quantized model do what its plan says, on onnxruntime, and how good is it? :func:`verify_model`.
+
+1. ``onnx.checker`` accepts it, with shape inference.
+2. onnxruntime loads and runs it.
+3. The file holds the plan: every scale, zero point, code, bias (:mod:`postquant.pipeline.plan_check`).
+4. onnxruntime's integers are the simulation's: the codes of every stored tensor, run with all optimizations, equal
+   the NumPy law's, except next to documented rounding ties (:mod:`postquant.pipeline.simulate`).
+5. Looking at the codes changes nothing: with and without them as outputs, the model's outputs are the same bits.
+6. Nodes that the plan leaves in float run in float.
+7. Outputs are finite; their quality against the float model is measured, and that of every stored tensor.
+
+See ``docs/verification.md`` for how to read the numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from postquant.passes.plan import QuantPlan
+from postquant.passes.session import first_sentence, make_session
+from postquant.pipeline.integer_check import TensorAgreement, check_integers
+from postquant.pipeline.kernels import Coverage, integer_coverage, observed_session
+from postquant.pipeline.load import load_model, save_model
+from postquant.pipeline.measure import Similarity, SimilarityMeter, jsonable
+from postquant.pipeline.plan_check import differences
+from postquant.pipeline.quality import TensorQuality, stored_tensor_quality
+from postquant.pipeline.report import CheckReport, OutputReport
+from postquant.pipeline.simulate import Simulation
+from postquant.runtime_ops.errors import ModelError, VerificationError
+
+Feed = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verification:
+    """The result of :func:`verify_model`.
+
+    Attributes:
+        checks: Every check, with its outcome in words.
+        tensors: Agreement of onnxruntime's codes with the simulation, per stored tensor, in graph order.
+        quality: SQNR and cosine of every stored tensor against the float model.
+        outputs: Quality of the model's outputs.
+        kernels: What onnxruntime runs: operator type -> number.
+        coverage: Which weighted nodes run on integers.
+        integer_samples: Samples on which integers were compared.
+        quality_samples: Samples on which the outputs were measured.
+        float_bytes: Size of the float model's weights, in bytes.
+        file_bytes: Size of the quantized file with its external data, in bytes.
+        notes: What else must not go unsaid.
+    """
+
+    checks: tuple[CheckReport, ...]
+    tensors: tuple[TensorAgreement, ...]
+    quality: tuple[TensorQuality, ...]
+    outputs: tuple[OutputReport, ...]
+    kernels: Mapping[str, int]
+    coverage: Coverage
+    integer_samples: int
+    quality_samples: int
+    float_bytes: int
+    file_bytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failure(self) -> VerificationError | None:
+        """The first failed check as an error, None when all passed."""
+        failed = next((check for check in self.checks if not check.passed), None)
+        if failed is None:
+            return None
+        return VerificationError(
+            "the quantized model does not do what the plan says",
+            where=failed.name,
+            found=failed.detail.rstrip("."),
+            hint="do not use it; please report this",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON values."""
+        result = jsonable(self)
+        result["passed"] = self.passed
+        assert isinstance(result, dict)
+        return result
+
+
+def verify_model(
+    float_model: ir.Model,
+    emitted: str | os.PathLike[str] | ir.Model,
+    plan: QuantPlan,
+    samples: Iterable[Feed],
+    *,
+    integer_samples: int = 2,
+    tensor_samples: int = 8,
+    threads: int = 1,
+    strict: bool = True,
+    reference: ir.Model | None = None,
+) -> Verification:
+    """Verifies a quantized model.
+
+    Args:
+        float_model: The simplified model that the plan is about.
+        emitted: The quantized model, or its file.
+        plan: The plan that it was emitted from.
+        samples: Feeds, at least one; all of them measure the outputs. They are read once, in order.
+        integer_samples: How many of them are compared integer by integer.
+        tensor_samples: How many of them measure the stored tensors.
+        threads: Threads within one operator.
+        strict: Raise on a failed check, instead of returning it.
+        reference: The float model that outputs are measured against; by default ``float_model``.
+
+    Raises:
+        VerificationError: If a check fails and ``strict`` is set, or if there is no sample.
+        ModelError: If the file cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="postquant-") as folder:
+        if isinstance(emitted, ir.Model):
+            path = pathlib.Path(folder) / "model.onnx"
+            save_model(emitted, path)
+        else:
+            path = pathlib.Path(emitted)
+        model = load_model(path, check=False)
+        work = _Verifier(float_model, model, plan, path, threads, reference or float_model)
+        result = work.run(samples, integer_samples, tensor_samples)
+    if strict and result.failure is not None:
+        raise result.failure
+    return result
+
+
+class _Verifier:
+    def __init__(
+        self,
+        float_model: ir.Model,
+        model: ir.Model,
+        plan: QuantPlan,
+        path: pathlib.Path,
+        threads: int,
+        reference: ir.Model,
+    ) -> None:
+        self.float_model, self.model, self.plan, self.path = float_model, model, plan, path
+        self.threads, self.reference = threads, reference
+        self.checks: list[CheckReport] = []
+        self.notes: list[str] = []
+
+    def check(self, name: str, problem: str | None, detail: str = "") -> bool:
+        """Records a check; ``problem`` says what is wrong, None that nothing is."""
+        self.checks.append(CheckReport(name=name, passed=problem is None, detail=detail if problem is None else problem))
+        return problem is None
+
+    def run(self, samples: Iterable[Feed], integer_samples: int, tensor_samples: int) -> Verification:
+        self.check("onnx checker", _checker_problem(self.path))
+        empty: dict[str, Any] = {"tensors": (), "quality": (), "outputs": (), "kernels": {}, "coverage": Coverage({}, {})}
+        try:
+            deployed, optimized = observed_session(self.model, threads=self.threads)
+        except ModelError as error:
+            self.check("onnxruntime loads it", str(error))
+            return self._result(**empty, integer=0, measured=0)
+        self.check("onnxruntime loads it", None, f"{sum(optimized.computing.values())} kernels")
+        self.check("the file holds the plan", self._plan_problem())
+        coverage = integer_coverage(self.model, optimized)
+        self.check("float nodes stay float", self._float_problem(coverage))
+
+        held: list[Feed] = []
+        meters = {name: SimilarityMeter() for name in deployed.output_names}
+        reference = make_session(self.reference, threads=self.threads)
+        names = dict(zip(deployed.output_names, reference.output_names, strict=True))
+        first_outputs: list[dict[str, npt.NDArray[Any]]] = []
+        not_finite: str | None = None
+        count = 0
+        for feed in samples:
+            got, wanted = deployed.run(feed), reference.run(feed)
+            for name, array in got.items():
+                if array.shape != wanted[names[name]].shape:
+                    shapes = f"{array.shape} instead of {wanted[names[name]].shape}"
+                    not_finite = not_finite or f"output {name} has shape {shapes}"
+                    continue
+                if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+                    not_finite = not_finite or f"output {name} is not finite on sample {count}"
+                meters[name].add(wanted[names[name]], array)
+            if count < max(integer_samples, tensor_samples):
+                held.append(feed)
+            if count < integer_samples:
+                first_outputs.append(got)
+            count += 1
+        if not count:
+            raise VerificationError("there is no sample to verify the model with", hint="give at least one")
+        del reference
+        self.check("outputs have the float model's shapes and are finite", not_finite, f"{count} samples")
+
+        simulation = Simulation(self.float_model, self.model, self.plan)
+        integers = check_integers(
+            self.model, simulation, held[:integer_samples], first_outputs, deployed=optimized, threads=self.threads
+        )
+        self.check("integers equal the simulation", integers.problem, integers.summary)
+        self.check("observing changes nothing", integers.disturbance, integers.undisturbed)
+        self.notes += integers.notes
+        quality = stored_tensor_quality(
+            self.float_model, self.model, simulation.stored, held[:tensor_samples], threads=self.threads
+        )
+        outputs = tuple(output_report(name, meter.result()) for name, meter in meters.items())
+        return self._result(
+            tensors=integers.tensors,
+            quality=quality,
+            outputs=outputs,
+            kernels=dict(optimized.counts),
+            coverage=coverage,
+            integer=min(count, integer_samples),
+            measured=count,
+        )
+
+    def _plan_problem(self) -> str | None:
+        found = []
+        try:
+            for difference in differences(self.float_model, self.model, self.plan):
+                found.append(difference)
+                if len(found) > 50:
+                    break
+        except VerificationError as error:
+            return str(error)
+        if not found:
+            return None
+        more = f" (and {'more than 50' if len(found) > 50 else len(found) - 1} other places)" if len(found) > 1 else ""
+        return f"{found[0].where}: {found[0].what}{more}"
+
+    def _float_problem(self, coverage: Coverage) -> str | None:
+        for node in coverage.integer:
+            if node in self.plan.floats and "MatMulNBits" not in coverage.integer[node]:
+                return f"{node} runs as {coverage.integer[node]}: onnxruntime quantized its weights by itself"
+        return None
+
+    def _result(self, *, integer: int, measured: int, **parts: Any) -> Verification:
+        return Verification(
+            checks=tuple(self.checks),
+            integer_samples=integer,
+            quality_samples=measured,
+            float_bytes=weight_bytes(self.float_model),
+            file_bytes=file_bytes(self.path, self.model),
+            notes=tuple(self.notes),
+            **parts,
+        )
+
+
+def output_report(name: str, similarity: Similarity) -> OutputReport:
+    """An output's similarity in the report's form."""
+    return OutputReport(
+        name=name,
+        sqnr_db=similarity.sqnr_db,
+        cosine=similarity.cosine,
+        max_abs_error=similarity.max_abs_error,
+        agreement=similarity.agreement,
+    )
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers, each tensor counted once."""
+    tensors = {id(v.const_value): v.const_value for v in model.graph.initializers.values()}
+    return sum(tensor.nbytes for tensor in tensors.values() if tensor is not None)
+
+
+def file_bytes(path: pathlib.Path, model: ir.Model) -> int:
+    """Bytes of a model file and of its external data files."""
+    locations = {
+        os.path.join(tensor.base_dir, tensor.location)
+        for value in model.graph.initializers.values()
+        if isinstance(tensor := value.const_value, ir.ExternalTensor)
+    }
+    return path.stat().st_size + sum(os.stat(location).st_size for location in locations)
+
+
+def _checker_problem(path: pathlib.Path) -> str | None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        return first_sentence(error)
+    return None
+
+

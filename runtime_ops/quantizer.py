@@ -1,0 +1,118 @@
+"""A :class:`QuantSpec` with its numbers: :class:`TensorQuantizer`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+from postquant.runtime_ops import law
+from postquant.runtime_ops.spec import QuantSpec, Rounding
+
+# A step never gets smaller than this: a constant-zero tensor or channel still has a valid, harmless scale.
+SMALLEST_SCALE = np.float32(1e-30)
+
+
+def scale_and_zero_point(
+    spec: QuantSpec, low: npt.ArrayLike, high: npt.ArrayLike
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+    """Scale and zero point whose codes span ``[low, high]``, widened to contain 0, for many ranges at once.
+
+    Args:
+        spec: The format; its axis plays no part.
+        low: Any shape, smallest value to represent.
+        high: The shape of ``low``, largest value to represent.
+
+    Returns:
+        The scale (float32, > 0) and the zero point (int32), each of the shape of ``low``.
+    """
+    lo = np.minimum(np.asarray(low, np.float64), 0.0)
+    hi = np.maximum(np.asarray(high, np.float64), 0.0)
+    if spec.symmetric:
+        top = np.maximum(-lo, hi)
+        middle = 0 if spec.signed else 2 ** (spec.bits - 1)
+        scale = top / (spec.qmax - middle)
+        zero = np.full(scale.shape, middle)
+        scale = np.maximum(scale, SMALLEST_SCALE)
+        if spec.power_of_two:
+            scale = 2.0 ** np.ceil(np.log2(scale))
+    else:
+        scale = np.maximum((hi - lo) / (spec.qmax - spec.qmin), SMALLEST_SCALE)
+        if spec.power_of_two:
+            scale = 2.0 ** np.ceil(np.log2(scale))
+        zero = np.clip(np.rint(spec.qmin - lo / scale), spec.qmin, spec.qmax)
+    return scale.astype(np.float32), zero.astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TensorQuantizer:
+    """Scale and zero point (and, for a weight with chosen rounding, the codes) of one tensor.
+
+    Attributes:
+        spec: The format.
+        scale: () or (C,) float32, > 0, units of the tensor per step.
+        zero_point: () or (C,) int32 within ``[spec.qmin, spec.qmax]``.
+        codes: int8/uint8 codes of the weight when rounding is not nearest, else None.
+    """
+
+    spec: QuantSpec
+    scale: npt.NDArray[np.float32]
+    zero_point: npt.NDArray[np.int32]
+    codes: npt.NDArray[np.integer] | None = None
+
+    def __post_init__(self) -> None:
+        scale = np.asarray(self.scale, np.float32)
+        zero_point = np.asarray(self.zero_point, np.int32)
+        if scale.shape != zero_point.shape or scale.ndim != (0 if self.spec.axis is None else 1):
+            raise ValueError(f"scale {scale.shape} and zero point {zero_point.shape} do not fit {self.spec}")
+        if not (np.isfinite(scale).all() and (scale > 0).all()):
+            raise ValueError("scales must be finite and positive")
+        if (zero_point < self.spec.qmin).any() or (zero_point > self.spec.qmax).any():
+            raise ValueError(f"zero point outside [{self.spec.qmin}, {self.spec.qmax}]")
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "zero_point", zero_point)
+
+    @classmethod
+    def from_range(
+        cls, spec: QuantSpec, low: npt.ArrayLike, high: npt.ArrayLike
+    ) -> TensorQuantizer:
+        """The quantizer whose codes span ``[low, high]``, widened to contain 0.
+
+        Args:
+            spec: The format.
+            low: () or (C,) smallest value to represent.
+            high: () or (C,) largest value to represent.
+
+        >>> q = TensorQuantizer.from_range(QuantSpec(8, signed=False, symmetric=False), -1.0, 4.1)
+        >>> float(q.scale), int(q.zero_point)
+        (0.019999999552965164, 50)
+        """
+        return cls(spec, *scale_and_zero_point(spec, low, high))
+
+    def range(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """The smallest and the largest representable value."""
+        low = (self.spec.qmin - self.zero_point).astype(np.float32) * self.scale
+        high = (self.spec.qmax - self.zero_point).astype(np.float32) * self.scale
+        return low, high
+
+    def quantize(self, x: npt.NDArray[np.floating]) -> npt.NDArray[np.integer]:
+        """Codes of ``x`` in the spec's container type (:func:`postquant.runtime_ops.law.quantize`)."""
+        codes = law.quantize(
+            x,
+            self.scale,
+            self.zero_point,
+            qmin=self.spec.qmin,
+            qmax=self.spec.qmax,
+            axis=self.spec.axis,
+            half_away=self.spec.rounding is Rounding.HALF_AWAY,
+        )
+        return codes.astype(self.spec.container)
+
+    def dequantize(self, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        """Values of ``codes`` (:func:`postquant.runtime_ops.law.dequantize`)."""
+        return law.dequantize(codes, self.scale, self.zero_point, axis=self.spec.axis)
+
+    def simulate(self, x: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
+        """``dequantize(quantize(x))``, or the chosen codes' values when the quantizer holds codes."""
+        return self.dequantize(self.codes if self.codes is not None else self.quantize(x))

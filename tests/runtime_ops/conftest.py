@@ -1,0 +1,158 @@
+"""Runs one kernel or one quantize-dequantize group on onnxruntime, for comparison with its NumPy law."""
+
+from __future__ import annotations
+
+import pathlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import helper, numpy_helper
+
+from postquant.runtime_ops.integer import Affine
+
+Quantized = tuple[npt.NDArray[Any], Affine]
+
+
+class Kernels:
+    """Random quantized tensors, and onnxruntime's results on them."""
+
+    def affine(self, rng: np.random.Generator, dtype: Any = np.uint8, channels: int | None = None) -> Affine:
+        """Random numbers: an activation with a zero point, or a weight with ``channels`` scales and none."""
+        if channels is not None:
+            scale = np.exp(rng.uniform(-7, -4, channels)).astype(np.float32)
+            return Affine(scale, np.zeros(channels, np.int32), np.dtype(dtype), 0)
+        info = np.iinfo(dtype)
+        zero = np.asarray(rng.integers(info.min, info.max + 1), np.int32)
+        return Affine(np.asarray(np.exp(rng.uniform(-5, -1)), np.float32), zero, np.dtype(dtype))
+
+    def codes(self, rng: np.random.Generator, shape: Sequence[int], dtype: Any = np.uint8) -> npt.NDArray[Any]:
+        """Random codes of the whole container."""
+        info = np.iinfo(dtype)
+        return rng.integers(info.min, info.max + 1, shape).astype(dtype)
+
+    def bias(self, rng: np.random.Generator, x: Affine, w: Affine, channels: int) -> Quantized:
+        """Random int32 bias codes and their numbers."""
+        scale = np.broadcast_to((x.scale * w.scale).astype(np.float32), (channels,))
+        codes = rng.integers(-9000, 9000, channels).astype(np.int32)
+        return codes, Affine(scale, np.zeros(channels, np.int32), np.dtype(np.int32), 0)
+
+    def run(self, model: onnx.ModelProto, feeds: Mapping[str, Any], *, optimize: bool = True) -> tuple[Any, set[str]]:
+        """The first output, and the types of the nodes that onnxruntime ran."""
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = 1
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        with tempfile.TemporaryDirectory() as folder:
+            optimized = pathlib.Path(folder) / "optimized.onnx"
+            options.optimized_model_filepath = str(optimized)
+            session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            kernels = {node.op_type for node in onnx.load(optimized).graph.node}
+        return session.run(None, dict(feeds))[0], kernels
+
+    def qlinear_conv(
+        self, x: Quantized, w: Quantized, bias: Quantized | None, y: Affine, attributes: Mapping[str, Any]
+    ) -> npt.NDArray[Any]:
+        """The operator QLinearConv itself, which exists for int8 activations on every machine."""
+        initializers, names = [], ["x"]
+
+        def constant(name: str, array: npt.NDArray[Any]) -> None:
+            initializers.append(numpy_helper.from_array(np.asarray(array), name))
+            names.append(name)
+
+        constant("xs", x[1].scale)
+        constant("xz", x[1].zero_point.astype(x[1].dtype))
+        constant("w", w[0])
+        constant("ws", w[1].scale)
+        constant("wz", w[1].zero_point.astype(w[1].dtype))
+        constant("ys", y.scale)
+        constant("yz", y.zero_point.astype(y.dtype))
+        if bias is not None:
+            constant("b", bias[0])
+        node = helper.make_node("QLinearConv", names, ["y"], **attributes)
+        kinds = [helper.np_dtype_to_tensor_dtype(np.dtype(t)) for t in (x[1].dtype, y.dtype)]
+        graph = helper.make_graph(
+            [node],
+            "kernel",
+            [helper.make_tensor_value_info("x", kinds[0], x[0].shape)],
+            [helper.make_tensor_value_info("y", kinds[1], None)],
+            initializers,
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        return np.asarray(self.run(model, {"x": x[0]})[0])
+
+    def group(
+        self,
+        op_type: str,
+        inputs: Sequence[Quantized],
+        out: Affine | None,
+        *,
+        constants: Mapping[int, Quantized] | None = None,
+        plain: Mapping[int, npt.NDArray[Any]] | None = None,
+        attributes: Mapping[str, Any] | None = None,
+        opset: int = 17,
+        optimize: bool = True,
+    ) -> tuple[npt.NDArray[Any], set[str]]:
+        """Codes (floats, without ``out``) of DequantizeLinear -> op -> QuantizeLinear and the kernels that ran.
+
+        Args:
+            op_type: The operator.
+            inputs: Codes fed at run time; they fill the input slots not named elsewhere.
+            out: Numbers of the output.
+            constants: Input slot -> constant codes (weights, biases).
+            plain: Input slot -> constant that is not dequantized (shapes).
+            attributes: Attributes of the node.
+            opset: Opset of the model.
+            optimize: Whether onnxruntime may fuse.
+        """
+        nodes: list[onnx.NodeProto] = []
+        initializers: list[onnx.TensorProto] = []
+        values: list[onnx.ValueInfoProto] = []
+
+        def constant(name: str, array: Any) -> str:
+            initializers.append(numpy_helper.from_array(np.asarray(array), name))
+            return name
+
+        def numbers(name: str, q: Affine) -> list[str]:
+            return [constant(f"{name}_scale", q.scale), constant(f"{name}_zero", q.zero_point.astype(q.dtype))]
+
+        def dequantize(source: str, q: Affine) -> str:
+            extra = {} if q.axis is None else {"axis": q.axis}
+            nodes.append(helper.make_node("DequantizeLinear", [source, *numbers(source, q)], [f"{source}_f"], **extra))
+            return f"{source}_f"
+
+        slots: list[str] = []
+        waiting = list(enumerate(inputs))
+        for slot in range(len(inputs) + len(constants or {}) + len(plain or {})):
+            if constants and slot in constants:
+                slots.append(dequantize(constant(f"c{slot}", constants[slot][0]), constants[slot][1]))
+            elif plain and slot in plain:
+                slots.append(constant(f"p{slot}", plain[slot]))
+            else:
+                index, (array, q) = waiting.pop(0)
+                kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+                values.append(helper.make_tensor_value_info(f"x{index}", kind, array.shape))
+                slots.append(dequantize(f"x{index}", q))
+        nodes.append(helper.make_node(op_type, slots, ["real"], **(attributes or {})))
+        result, kind = "real", int(onnx.TensorProto.FLOAT)
+        if out is not None:
+            nodes.append(helper.make_node("QuantizeLinear", ["real", *numbers("y", out)], ["y"]))
+            result, kind = "y", helper.np_dtype_to_tensor_dtype(out.dtype)
+        ends = [helper.make_tensor_value_info(result, kind, None)]
+        graph = helper.make_graph(nodes, "group", values, ends, initializers)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+        feeds = {f"x{i}": array for i, (array, _) in enumerate(inputs)}
+        observed, kernels = self.run(model, feeds, optimize=optimize)
+        return np.asarray(observed), kernels
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Kernels:
+    """onnxruntime's kernels."""
+    return Kernels()

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from cases import ABLATION_MODELS, CASES, Case, Setting, ablation_settings
+from cases import ABLATION_MODELS, CASES, Case, Setting, ablation_settings, require_data
 from feeds import write_feeds
 from process import evaluate, work
 from worker import Job
@@ -112,6 +112,7 @@ def main() -> int:
     parser.add_argument("--json", type=pathlib.Path, help="append the lines to this file too")
     parser.add_argument("--markdown", action="store_true", help="print the table at the end")
     options = parser.parse_args()
+    require_data()
     results = []
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

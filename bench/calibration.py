@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from cases import CASES, DATA
+from cases import CASES, DATA, require_data
 from feeds import write_feeds
 from process import work
 from worker import Job
@@ -114,6 +114,7 @@ def main() -> int:
     parser.add_argument("--json", type=pathlib.Path, help="append the lines to this file too")
     parser.add_argument("--markdown", action="store_true", help="print the table at the end")
     options = parser.parse_args()
+    require_data()
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
 

@@ -10,6 +10,12 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 DATA = pathlib.Path(os.environ.get("POSTQUANT_DATA", REPOSITORY.parent / "shared" / "data"))
 
 
+def require_data() -> None:
+    """Ends the program with one sentence if models and data are not there."""
+    if not (DATA / "eval.py").is_file():
+        raise SystemExit(f"no models and data in {DATA}; set POSTQUANT_DATA to the folder that holds eval.py")
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """Widths and options of one quantization.

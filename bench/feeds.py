@@ -22,8 +22,8 @@ Feed = dict[str, Any]  # input name -> array
 def load_eval() -> types.ModuleType:
     """The module ``eval.py`` of the data folder."""
     spec = importlib.util.spec_from_file_location("shared_eval", DATA / "eval.py")
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"no eval.py in {DATA}; set POSTQUANT_DATA to the folder of models and data")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

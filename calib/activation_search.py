@@ -85,7 +85,7 @@ def _per_sample(values: FloatArray, starts: npt.NDArray[np.int64]) -> npt.NDArra
 
 def search_activation(
     start: TensorQuantizer, readers: Sequence[Reader], options: SearchOptions
-) -> tuple[TensorQuantizer, float]:
+) -> tuple[TensorQuantizer, float, float]:
     """The best quantizer on the grid.
 
     Args:
@@ -94,7 +94,7 @@ def search_activation(
         options: Settings.
 
     Returns:
-        The best quantizer (``start`` unless a candidate is better) and its score.
+        The best quantizer (``start`` unless a candidate is better), its score, and the score of ``start``.
     """
     multiples = np.linspace(options.alpha, options.beta, options.candidates)
     scores: dict[int, float] = {}
@@ -111,5 +111,5 @@ def search_activation(
     at_start = score_of(start, readers, options.objective)
     # Cosines within 1e-6 are a tie: it goes to the start.
     if score(best) <= at_start + 1e-6:
-        return start, at_start
-    return scaled(start, float(multiples[best])), score(best)
+        return start, at_start, at_start
+    return scaled(start, float(multiples[best])), score(best), at_start

@@ -32,6 +32,9 @@ _BROKEN = (
     RuntimeError,
 )
 
+# A compressed member is decompressed in pieces of this size: larger ones only cost memory.
+_READ_BYTES = 1 << 18
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoredArray:
@@ -150,7 +153,7 @@ def _read(stream: io.BufferedIOBase, dtype: np.dtype[np.generic], shape: tuple[i
     buffer = array.reshape(-1).view(np.uint8).data
     done = 0
     while done < len(buffer):
-        count = stream.readinto(buffer[done : done + (1 << 24)])
+        count = stream.readinto(buffer[done : done + _READ_BYTES])
         if not count:
             raise EOFError(f"{len(buffer) - done} bytes are missing")
         done += count

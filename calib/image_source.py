@@ -94,6 +94,14 @@ def _target_size(preprocess: ImagePreprocess, spec: InputSpec, *, where: str) ->
             found=str(spec),
             hint='set size = [height, width], or resize = "none" if the images have it',
         )
+    shorter = preprocess.shorter_side
+    if shorter is not None and shorter < max(height, width):
+        raise CalibrationError(
+            "the image preprocessing makes images smaller than the model's input",
+            where=where,
+            expected=f"shorter_side of at least {max(height, width)}",
+            found=str(shorter),
+        )
     return height, width
 
 

@@ -5,6 +5,7 @@ Both check every sample and compute the digest in the first pass, which happens 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 import tempfile
@@ -109,23 +110,19 @@ class SpooledSource(CalibrationSource):
         super().__init__(inputs)
         digest = SampleDigest()
         self._offsets: list[int] = []
-        try:
-            self._file = tempfile.TemporaryFile(prefix="postquant-", dir=folder)  # noqa: SIM115
-            weakref.finalize(self, self._file.close)  # it lives as long as the source
-            for index, feed in enumerate(feeds):
-                sample = check_sample(feed, self.inputs, index=index)
-                digest.add(sample)
+        with self._storing(folder):
+            self._file = tempfile.TemporaryFile(prefix="postquant-", dir=folder)  # noqa: SIM115  (closed below)
+        # Closed when the source goes, however that happens: an open file left to the garbage collector is a warning.
+        weakref.finalize(self, self._file.close)
+        # What the user's own iterator raises is not caught: it is not about storing.
+        for index, feed in enumerate(feeds):
+            sample = check_sample(feed, self.inputs, index=index)
+            digest.add(sample)
+            with self._storing(folder):
                 self._offsets.append(self._file.tell())
                 for spec in self.inputs:
                     np.lib.format.write_array(self._file, sample[spec.name], allow_pickle=False)
-            self._file.flush()
-        except OSError as error:
-            raise CalibrationError(
-                "the calibration samples cannot be stored for a second pass",
-                where=folder or tempfile.gettempdir(),
-                found=str(error),
-                hint=f"free space ({_free(folder)} left) or pass data that can be iterated twice",
-            ) from error
+                self._file.flush()
         if not self._offsets:
             raise no_samples(where)
         self._digest = digest.hexdigest()
@@ -140,6 +137,19 @@ class SpooledSource(CalibrationSource):
             # Another pass may have moved the file's position since the last sample.
             self._file.seek(self._offsets[i])
             yield {spec.name: np.lib.format.read_array(self._file, allow_pickle=False) for spec in self.inputs}
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _storing(folder: str | None) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CalibrationError(
+                "the calibration samples cannot be stored for a second pass",
+                where=folder or tempfile.gettempdir(),
+                found=str(error),
+                hint=f"free space ({_free(folder)} left) or pass data that can be iterated twice",
+            ) from error
 
 
 def no_samples(where: str) -> CalibrationError:

@@ -50,15 +50,15 @@ class LpError(RangeMethod):
     """The range with the smallest expected ``|x - Q(x)|^p`` over the histogram.
 
     Attributes:
-        p: >= 1. 2 is the mean squared error; larger values fear clipping more.
+        p: 1 to 8. 2 is the mean squared error; larger values fear clipping more.
     """
 
     name: ClassVar[str] = "mse"
     p: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 1.0 <= self.p <= 16.0:
-            raise ValueError(f"the exponent of an Lp error lies in [1, 16], not {self.p}")
+        if not 1.0 <= self.p <= 8.0:
+            raise ValueError(f"the exponent of an Lp error lies in [1, 8], not {self.p}")
 
     def range(self, statistics: TensorStatistics, spec: QuantSpec) -> Range:
         """See :meth:`RangeMethod.range`."""

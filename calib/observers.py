@@ -187,6 +187,8 @@ def candidate_ranges(statistics: TensorStatistics, spec: QuantSpec, methods: Seq
         Method name -> (low, high), in the order of ``methods``.
 
     Raises:
-        ValueError: If a method needs a histogram and there is none.
+        ValueError: If a method needs a histogram and there is none, or two names are equal.
     """
+    if len({method.name for method in methods}) < len(methods):
+        raise ValueError(f"two of the methods have the same name: {[method.name for method in methods]}")
     return {method.name: method.range(statistics, spec) for method in methods}

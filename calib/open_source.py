@@ -150,11 +150,11 @@ def _open_iterable(data: object, specs: Sequence[InputSpec], spool_folder: str |
         return SpooledSource(data, specs, where=where, folder=spool_folder)
     if isinstance(data, Iterable):
         return RepeatedSource(lambda: cast("Iterable[object]", data), specs, where=where)
+    if callable(data):
+        return RepeatedSource(_iterable_from(cast("Callable[[], object]", data)), specs, where=where)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         items = cast("Sequence[object]", data)
         return RepeatedSource(lambda: (items[i] for i in range(len(items))), specs, where=where)
-    if callable(data):
-        return RepeatedSource(_iterable_from(cast("Callable[[], object]", data)), specs, where=where)
     raise CalibrationError(
         "the calibration data are of an unknown kind",
         expected="a path, arrays, an iterable of feeds or a CalibrationDataReader",

@@ -64,20 +64,25 @@ class Prefix:
         self._quantized = _Side()
         self._number = 0
 
+    @property
+    def samples(self) -> int:
+        """Number of calibration samples."""
+        return len(self._source)
+
     def stream(
-        self, plan: QuantPlan, tensor: str, *, limit: int | None = None, decided: Iterable[str] | None = None
-    ) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]:
-        """The tensor for each sample.
+        self, plan: QuantPlan, tensors: Sequence[str], *, limit: int | None = None, decided: Iterable[str] | None = None
+    ) -> Iterator[tuple[Sample, Sample]]:
+        """Tensors for each sample.
 
         Args:
-            plan: The decisions so far; everything that ``tensor`` depends on is decided, the tensor itself is not.
-            tensor: A value of the float model.
+            plan: The decisions so far; all that the tensors depend on is decided, the tensors themselves are not.
+            tensors: Values of the float model.
             limit: Only so many samples, evenly spaced.
             decided: Tensors whose readers may still come but whose makers never run again: the next calls will
                 start behind them. Only without ``limit``.
 
         Yields:
-            The float value and the one behind the quantized prefix, before its own quantizer.
+            The float values and those behind the quantized prefix, before their own quantizer, by name.
         """
         quantized = emit(self._model, plan)
         plans = [(self._model, self._float), (quantized, self._quantized)]
@@ -92,7 +97,7 @@ class Prefix:
             make_session(
                 model,
                 inputs=side.start,
-                outputs=list(dict.fromkeys((tensor, *cut))),
+                outputs=list(dict.fromkeys((*tensors, *cut))),
                 dtypes=_dtypes(model, side.start),
                 threads=self._threads,
             )
@@ -102,7 +107,9 @@ class Prefix:
         files = [self._folder / f"{self._number}-{side}.cut" for side in ("float", "quantized")]
         writers = [open(path, "wb") if cut else None for path, cut in zip(files, cuts, strict=True)]  # noqa: SIM115
         try:
-            for index, feeds in enumerate(zip(self._feeds(self._float, limit), self._feeds(self._quantized, limit))):
+            for index, feeds in enumerate(
+                    zip(self._feeds(self._float, limit), self._feeds(self._quantized, limit), strict=True)
+                ):
                 results = [session.run(feed) for session, feed in zip(sessions, feeds, strict=True)]
                 if index == 0 and any(writers) and not self._fits(results, cuts):
                     for writer in filter(None, writers):
@@ -112,7 +119,7 @@ class Prefix:
                     if writer is not None:
                         for name in cut:
                             np.lib.format.write_array(writer, np.ascontiguousarray(result[name]), allow_pickle=False)
-                yield results[0][tensor], results[1][tensor]
+                yield results[0], results[1]
         finally:
             for writer in filter(None, writers):
                 writer.close()
@@ -155,13 +162,14 @@ def spaced(count: int, limit: int | None) -> list[int]:
 def _frontier(model: ir.Model, tensors: Sequence[str], start: Sequence[str] | None) -> tuple[str, ...]:
     """Values that lie between the nodes that make ``tensors`` and the nodes still to come.
 
-    DequantizeLinear counts as still to come, so that codes cross the cut instead of floats.
+    Codes cross the cut instead of the floats that DequantizeLinear makes of them.
     """
     values = {v.name: v for node in model.graph for v in node.outputs}
     begin = {v for v in model.graph.inputs} if start is None else set()
     if start is not None:
         inputs = {v.name: v for v in model.graph.inputs}
         begin = {values.get(name) or inputs[name] for name in start}
+    old = _ancestors(begin)
     done: set[ir.Node] = set()
     stack = []
     for name in tensors:
@@ -173,7 +181,7 @@ def _frontier(model: ir.Model, tensors: Sequence[str], start: Sequence[str] | No
     while stack:
         value = stack.pop()
         node = value.producer()
-        if node is None or node in done or value in begin:
+        if node is None or node in done or node in old or value in begin:
             continue
         done.add(node)
         stack.extend(v for v in node.inputs if v is not None)
@@ -182,25 +190,32 @@ def _frontier(model: ir.Model, tensors: Sequence[str], start: Sequence[str] | No
         if value in begin and value.producer() in done:
             continue
         later = any(use.node not in done for use in value.uses()) or value.is_graph_output()
-        if later and value.name is not None:
-            crossing[value.name] = None
+        if not later:
+            continue
+        producer = value.producer()
+        codes = producer.inputs[0] if producer is not None and producer.op_type == "DequantizeLinear" else None
+        crossing[(value if codes is None or value in begin else codes).name or ""] = None
     return tuple(sorted(crossing))
+
+
+def _ancestors(values: Iterable[ir.Value]) -> set[ir.Node]:
+    """All nodes that the values depend on."""
+    found: set[ir.Node] = set()
+    stack = list(values)
+    while stack:
+        node = stack.pop().producer()
+        if node is not None and node not in found:
+            found.add(node)
+            stack.extend(v for v in node.inputs if v is not None)
+    return found
 
 
 def _layers_behind(model: ir.Model, start: Sequence[str] | None, tensors: Sequence[str]) -> int:
     """Number of weighted nodes between the last cut and ``tensors``."""
     values = {v.name: v for node in model.graph for v in node.outputs}
-    stop = set(start or ())
-    seen: set[ir.Node] = set()
-    stack = [values[name] for name in tensors if name in values]
-    while stack:
-        value = stack.pop()
-        node = value.producer()
-        if node is None or node in seen or value.name in stop:
-            continue
-        seen.add(node)
-        stack.extend(v for v in node.inputs if v is not None)
-    return sum(node.op_type in _WEIGHTED for node in seen)
+    new = _ancestors(values[name] for name in tensors if name in values)
+    new -= _ancestors(values[name] for name in start or () if name in values)
+    return sum(node.op_type in _WEIGHTED for node in new)
 
 
 def _dtypes(model: ir.Model, names: Sequence[str] | None) -> dict[str, ir.DataType]:

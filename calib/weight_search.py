@@ -125,7 +125,7 @@ def search_weight(
     spec = start.spec
     scale0 = layer.per_output(start.scale).astype(np.float32)
     per_tensor = spec.axis is None
-    best_score = np.full(problem.matrix.shape[::2], -np.inf)
+    best_score = np.full(problem.matrix.shape[::2], -1e300)
     best_scale = np.broadcast_to(scale0, (scale0.shape[0], 1, problem.matrix.shape[2])).copy()
     best_gain = np.ones_like(best_score)
     for multiple in options.multiples():

@@ -19,8 +19,8 @@ from postquant.runtime_ops.quantizer import TensorQuantizer
 
 # Half of int32, so that the products have the other half of the accumulator.
 LARGEST_BIAS = 2**30
-# A product s_x * s_w below this is, or soon becomes, a denormal number.
-SMALLEST_PRODUCT = 2.0**-100
+# A smaller product s_x * s_w is nearly a denormal number; the step of an all-zero channel may be as small.
+SMALLEST_PRODUCT = 2.0**-120
 
 
 def weight_scale(node: ir.Node, weight: TensorQuantizer) -> npt.NDArray[np.float32]:

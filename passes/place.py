@@ -18,12 +18,13 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from postquant.passes import semantics
+from postquant.passes.concat import share_concat
 from postquant.passes.plan import Entry, QuantPlan
 from postquant.passes.regions import Regions
 from postquant.passes.storage import Group, find_groups
 from postquant.passes.subgraph import subgraphs
 from postquant.passes.target import ConcatScales, Role, Target
-from postquant.passes.types import float_types
+from postquant.passes.value_types import value_types
 from postquant.runtime_ops.errors import ConfigError
 
 
@@ -99,7 +100,7 @@ class _Placement:
         self.notes: list[str] = []
         self.chosen = {node: self._override(node) for node in self.graph}
         self._check_overrides()
-        self.is_float = float_types(model)
+        self.type_of = value_types(model)
         self.blocked = self._blocked()
         self.regions = Regions(self.graph, target, self.blocked)
         self.edge_nodes = _edge_nodes(self.graph, self.regions.weighted)
@@ -178,7 +179,7 @@ class _Placement:
                 label = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
                 known = self.target.float_reasons.get(node.op_type) if node.domain == "" else None
                 blocked[node] = known or f"target {self.target.name} has no integer form of {label}"
-            elif not self.is_float(node.outputs[0]):
+            elif self.type_of(node.outputs[0]) != ir.DataType.FLOAT:
                 blocked[node] = "it does not compute in float32"
             elif rule.role is Role.WEIGHTED:
                 index = semantics.weight_index(node)
@@ -229,14 +230,18 @@ class _Placement:
         for node in self.graph:
             if node in self.integer or node.op_type == "Constant":
                 continue
-            if not any(self.is_float(output) for output in node.outputs):
+            if not any(self._is_floating(output) for output in node.outputs):
                 continue
             floats[node.name or ""] = self.blocked.get(node) or self.regions.why_float(node)
             for nested in subgraphs(node):
                 for inner in nested.all_nodes():
-                    if inner.op_type in self.target.ops and any(self.is_float(v) for v in inner.outputs):
+                    if inner.op_type in self.target.ops and any(self._is_floating(v) for v in inner.outputs):
                         floats[f"{node.name}/{inner.name}"] = "it is inside a subgraph"
         return floats
+
+    def _is_floating(self, value: ir.Value) -> bool:
+        dtype = self.type_of(value)
+        return dtype is not None and dtype.is_floating_point()
 
     def _notes(self) -> Iterable[str]:
         edge = self.settings.first_last_bits
@@ -251,30 +256,6 @@ class _Placement:
                 yield f"{what} have {tensors.max_bits} instead of {bits} bits: {tensors.max_bits_reason}"
         if min(self.settings.abits, self.settings.sums_bits) < self.settings.sums_bits:
             yield f"residual sums, pooling and other element-wise tensors keep {self.settings.sums_bits} bits"
-
-
-def share_concat(plan: QuantPlan, node: ir.Node) -> QuantPlan:
-    """The plan in which all inputs of a Concat are stored with its output's quantizer, so that it copies codes.
-
-    Args:
-        plan: A plan in which the Concat is quantized; its inputs' own quantizers are dropped, also if decided.
-        node: The Concat, a node of the simplified model.
-
-    Returns:
-        The plan unchanged where an input is not stored, or is stored with another width.
-    """
-    output = _name(node.outputs[0])
-    key = plan.shared.get(output, output)
-    names = [_name(v) for v in node.inputs if v is not None and not semantics.is_constant(v)]
-    roots = {plan.shared.get(name, name) for name in names} - {key}
-    entries = [plan.activations.get(root) for root in (*roots, key)]
-    specs = {entry if entry is None or not hasattr(entry, "spec") else entry.spec for entry in entries}
-    if None in specs or len(specs) != 1 or any(v.producer() is None for v in node.inputs if v is not None):
-        return plan
-    shared = {name: key if root in roots else root for name, root in plan.shared.items()}
-    shared.update(dict.fromkeys(roots, key))
-    activations = {name: entry for name, entry in plan.activations.items() if name not in roots}
-    return dataclasses.replace(plan, activations=activations, shared=shared)
 
 
 def _edge_nodes(graph: ir.Graph, weighted: set[ir.Node]) -> set[ir.Node]:

@@ -108,7 +108,10 @@ def derive(
     dtype = source.dtype
 
     def evaluate() -> ir.TensorProtocol:
+        mapped = isinstance(source, ir.ExternalTensor) and source.raw is None
         result = compute(source.numpy().astype(np.float64))
+        if mapped and isinstance(source, ir.ExternalTensor):
+            source.release()  # nobody else reads it now: its pages need not stay
         return ir.Tensor(np.ascontiguousarray(result, dtype=dtype.numpy()), dtype=dtype)
 
     if isinstance(source, ir.ExternalTensor | ir.LazyTensor) and source.nbytes >= _LAZY_BYTES:

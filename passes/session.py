@@ -130,7 +130,8 @@ def make_session(
         outputs: Names of the wanted values: graph outputs or inner values. None: the graph's outputs.
         dtypes: Element types of inner inputs whose type the model does not tell; float32 otherwise.
         threads: Threads within one operator.
-        optimize: Whether onnxruntime may fuse and fold.
+        optimize: Whether onnxruntime may fuse and fold. Where it fuses into a convolution or changes the layout
+            of its weight, it makes a copy of that weight.
         prepack: Whether onnxruntime may keep a rearranged copy of the weights: faster runs, more memory.
             None: as long as the weights are smaller than 256 MB.
         custom_ops: Libraries of custom operators to register.

@@ -18,7 +18,7 @@ import tempfile
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 
 from postquant.passes.rewiring import is_op
 from postquant.passes.skeleton import declare_weights, from_skeleton, to_skeleton
@@ -80,7 +80,7 @@ def run_onnxsim(model: ir.Model) -> ir.Model:
             result.ParseFromString(after.read_bytes())
         except DecodeError as error:
             raise ModelError("onnxsim failed", found="a damaged result") from error
-    _check_signature(proto, result)
+    _check_signature(proto, result, frozenset(weights))
     # Types of the outputs are the user's: onnxsim may have refined symbolic sizes.
     del result.graph.output[:]
     result.graph.output.extend(proto.graph.output)
@@ -88,12 +88,14 @@ def run_onnxsim(model: ir.Model) -> ir.Model:
     return from_skeleton(result, weights)
 
 
-def _check_signature(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
+def _check_signature(before: onnx.ModelProto, after: onnx.ModelProto, weights: frozenset[str]) -> None:
     kept = {value.name: value for value in after.graph.input}
     for value in before.graph.input:
         present = kept.pop(value.name, None)
-        if present is not None and present.type != value.type:
-            raise ModelError("onnxsim failed", found=f"another type or a frozen size at input {value.name}")
+        if present is None and value.name in weights:
+            continue  # nothing reads it any more
+        if present is None or present.type != value.type:
+            raise ModelError("onnxsim failed", found=f"another type, or a frozen size, at input {value.name}")
     if kept or [value.name for value in before.graph.output] != [value.name for value in after.graph.output]:
         raise ModelError("onnxsim failed", found="other inputs or outputs")
 

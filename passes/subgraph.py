@@ -128,6 +128,8 @@ def find_cut(graph: ir.Graph, inputs: Sequence[str] | None, outputs: Sequence[st
             initializers[value] = None
             have.add(value)
             continue
+        if node is None and not value.is_graph_input():
+            raise ModelError("a node reads a value that nothing computes", where=value.name)
         if node is None:
             raise ModelError(
                 "the part of the model between the given values is not complete",

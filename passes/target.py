@@ -14,13 +14,13 @@ import os
 import pathlib
 import tomllib
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
+from postquant.passes.target_table import TargetTable
 from postquant.runtime_ops.errors import ConfigError
 from postquant.runtime_ops.spec import QuantSpec
 
 _BITS = (*range(2, 9), 16)
-_E = TypeVar("_E", bound=enum.Enum)
 
 
 class Role(enum.Enum):
@@ -222,10 +222,10 @@ def parse_target(data: Mapping[str, Any], *, where: str = "target") -> Target:
     Raises:
         ConfigError: If a key is unknown or missing, or a value is wrong; the text names it.
     """
-    top = _Table(data, where)
+    top = TargetTable(data, where)
     ops: dict[str, OpRule] = {}
     for op_type, rule in top.table("ops").items():
-        entry = _Table({"role": rule} if isinstance(rule, str) else rule, f"{where}: ops.{op_type}")
+        entry = TargetTable({"role": rule} if isinstance(rule, str) else rule, f"{where}: ops.{op_type}")
         role = entry.choice("role", Role)
         inputs = entry.integers("inputs", None, range(16))
         ops[op_type] = OpRule(role, inputs, entry.flag("output_quantized", role is not Role.PASS_THROUGH))
@@ -257,7 +257,7 @@ class _Bias(enum.Enum):
 
 
 def _format(data: Mapping[str, Any], where: str) -> TensorFormat:
-    table = _Table(data, where)
+    table = TargetTable(data, where)
     result = TensorFormat(
         bits=table.integers("bits", (2, 3, 4, 5, 6, 7, 8), _BITS) or (),
         signed=table.flag("signed"),
@@ -273,80 +273,3 @@ def _format(data: Mapping[str, Any], where: str) -> TensorFormat:
     if result.narrow and not (result.signed and result.symmetric):
         raise ConfigError("only signed symmetric codes have a narrow range", where=where)
     return result
-
-
-_REQUIRED: Any = object()
-
-
-class _Table:
-    """Takes typed keys out of a TOML table and complains about those that nobody took."""
-
-    def __init__(self, data: object, where: str) -> None:
-        if not isinstance(data, Mapping):
-            raise ConfigError("a key of the target file is wrong", where=where, expected="a table")
-        self._data = dict(data)
-        self._where = where
-        self._taken: list[str] = []
-
-    def _take(self, key: str, default: Any) -> Any:
-        self._taken.append(key)
-        if key in self._data:
-            return self._data.pop(key)
-        if default is _REQUIRED:
-            raise ConfigError("a key is missing in the target file", where=f"{self._where}: {key}")
-        return default
-
-    def _wrong(self, key: str, expected: str, found: object) -> ConfigError:
-        return ConfigError(
-            "a key of the target file is wrong", where=f"{self._where}: {key}", expected=expected, found=repr(found)
-        )
-
-    def text(self, key: str, default: str = _REQUIRED) -> str:
-        value = self._take(key, default)
-        if not isinstance(value, str):
-            raise self._wrong(key, "text", value)
-        return value
-
-    def flag(self, key: str, default: bool = _REQUIRED) -> bool:
-        value = self._take(key, default)
-        if not isinstance(value, bool):
-            raise self._wrong(key, "true or false", value)
-        return value
-
-    def integer(self, key: str, allowed: range | tuple[int, ...], default: int = _REQUIRED) -> int:
-        value = self._take(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value not in allowed:
-            raise self._wrong(key, f"a whole number from {allowed[0]} to {allowed[-1]}", value)
-        return value
-
-    def integers(
-        self, key: str, default: tuple[int, ...] | None, allowed: range | tuple[int, ...]
-    ) -> tuple[int, ...] | None:
-        value = self._take(key, default)
-        if value is None:
-            return None
-        if not isinstance(value, list | tuple) or any(isinstance(v, bool) or v not in allowed for v in value):
-            raise self._wrong(key, f"a list of whole numbers out of {', '.join(map(str, allowed))}", value)
-        return tuple(value)
-
-    def choice(self, key: str, kind: type[_E]) -> _E:
-        value = self._take(key, _REQUIRED)
-        try:
-            return kind(value)
-        except ValueError:
-            raise self._wrong(key, ", ".join(f'"{m.value}"' for m in kind), value) from None
-
-    def table(self, key: str, default: Mapping[str, Any] = _REQUIRED) -> Mapping[str, Any]:
-        value = self._take(key, default)
-        if not isinstance(value, Mapping):
-            raise self._wrong(key, "a table", value)
-        return value
-
-    def finish(self) -> None:
-        """Raises for a key that nobody took."""
-        for key in self._data:
-            raise ConfigError(
-                "the target file has an unknown key",
-                where=f"{self._where}: {key}",
-                expected=f"one of {', '.join(sorted(self._taken))}",
-            )

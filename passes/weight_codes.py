@@ -1,11 +1,12 @@
 """Integer codes of weights as tensors that are computed when they are written: :func:`codes_tensor`.
 
 A weight of a big model is read, quantized and written one at a time. Calibration emits the same weights again and
-again, so codes of small weights are kept for as long as their quantizer lives.
+again, so codes are kept for as long as their quantizer lives, up to a limit that a big model exceeds at once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 
 import ml_dtypes
@@ -15,8 +16,8 @@ import onnx_ir as ir
 
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
-# Codes above this size are computed anew each time: a big model must not hold all of them.
-_CACHED_BYTES = 1 << 22
+_PART = 1 << 22  # elements that are quantized at a time
+_CACHED_BYTES = 1 << 25  # of all cached codes together
 _cache: weakref.WeakKeyDictionary[TensorQuantizer, tuple[object, npt.NDArray[np.integer]]] = weakref.WeakKeyDictionary()
 
 
@@ -35,10 +36,25 @@ def weight_codes(weight: ir.TensorProtocol, quantizer: TensorQuantizer) -> npt.N
     held = _cache.get(quantizer)
     if held is not None and held[0] is weight:
         return held[1]
-    codes = quantizer.quantize(weight.numpy())
-    if codes.nbytes <= _CACHED_BYTES:
+    codes = _quantize_in_parts(weight.numpy(), quantizer)
+    if codes.nbytes + sum(other.nbytes for _, other in _cache.values()) <= _CACHED_BYTES:
         codes.flags.writeable = False
         _cache[quantizer] = (weight, codes)
+    return codes
+
+
+def _quantize_in_parts(values: npt.NDArray[np.floating], quantizer: TensorQuantizer) -> npt.NDArray[np.integer]:
+    """``quantizer.quantize``, whose float32 and int32 intermediate results are several times as large, row by row."""
+    if values.size <= _PART or values.ndim < 2:
+        return quantizer.quantize(values)
+    codes = np.empty(values.shape, quantizer.spec.container)
+    rows = max(1, _PART * len(values) // values.size)
+    for start in range(0, len(values), rows):
+        part = slice(start, start + rows)
+        own = quantizer
+        if quantizer.spec.axis == 0:
+            own = dataclasses.replace(quantizer, scale=quantizer.scale[part], zero_point=quantizer.zero_point[part])
+        codes[part] = own.quantize(values[part])
     return codes
 
 

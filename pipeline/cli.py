@@ -6,7 +6,7 @@ Exit codes: 0 done; 2 a mistake in the input, told in one line; 3 the verificati
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
+import dataclasses
 import json
 import os
 import pathlib
@@ -23,7 +23,6 @@ from postquant.runtime_ops.errors import OutputError, PostquantError, Verificati
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from postquant.calib.source import CalibrationSource
     from postquant.pipeline.progress import NullProgress
 
 _INTERRUPTED = 130
@@ -41,11 +40,16 @@ app = typer.Typer(
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Data = Annotated[str, typer.Option("--data", metavar="DATA", help="Samples: a .npz, .npy or a folder of them.")]
+Config = Annotated[
+    str | None, typer.Option("--config", metavar="FILE", help="quant.toml with [image] for a folder of images.")
+]
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"postquant {importlib.metadata.version('postquant')}")
+        from postquant.pipeline.fingerprint import package_versions
+
+        typer.echo(f"postquant {package_versions()['postquant']}")
         raise typer.Exit
 
 
@@ -146,16 +150,21 @@ def compare(
     fp32: Annotated[str, typer.Argument(metavar="FP32.onnx", help="The float model.")],
     quant: Annotated[str, typer.Argument(metavar="QUANT.onnx", help="The quantized model.")],
     data: Data,
+    config: Config = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compare a quantized model with its float model, layer by layer and end to end."""
     with _told():
         from postquant.pipeline.compare import compare_models
+        from postquant.pipeline.inputs import open_calibration
+        from postquant.pipeline.load import load_model
         from postquant.pipeline.tables import print_comparison
 
         with _progress(quiet or as_json) as progress:
-            comparison = compare_models(pathlib.Path(fp32), pathlib.Path(quant), _source(data, fp32), progress=progress)
+            settings = QuantConfig.from_toml(config) if config else QuantConfig()
+            source = open_calibration(data, load_model(fp32, check=False), settings)
+            comparison = compare_models(fp32, quant, source, progress=progress)
         if as_json:
             _print_json(comparison.to_json())
         else:
@@ -169,6 +178,7 @@ def verify(
         str | None,
         typer.Option("--data", metavar="DATA", help="Samples; without them seeded random ones in the recorded range."),
     ] = None,
+    config: Config = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -177,9 +187,11 @@ def verify(
         from postquant.pipeline.verify_folder import verify_folder
 
         with _progress(quiet or as_json) as progress:
-            checks = verify_folder(pathlib.Path(directory), data, progress=progress)
+            settings = QuantConfig.from_toml(config) if config else QuantConfig()
+            checks = verify_folder(pathlib.Path(directory), data, config=settings, progress=progress)
         if as_json:
-            _print_json({"passed": all(c.passed for c in checks), "checks": [c.to_json() for c in checks]})
+            found = [dataclasses.asdict(check) for check in checks]
+            _print_json({"passed": all(check.passed for check in checks), "checks": found})
         elif not quiet:
             from postquant.pipeline.summary import print_checks
 
@@ -204,9 +216,9 @@ def demo(
 def targets(as_json: Json = False) -> None:
     """List the built-in targets."""
     with _told():
-        from postquant.pipeline.targets_list import builtin_targets
+        from postquant.passes.target import builtin_targets, load_target
 
-        found = builtin_targets()
+        found = [(name, load_target(name).description) for name in builtin_targets()]
         if as_json:
             _print_json([{"name": name, "description": text} for name, text in found])
         else:
@@ -264,9 +276,3 @@ def _progress(silent: bool) -> NullProgress:
 
 def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
-
-
-def _source(data: str, model: str) -> CalibrationSource:
-    from postquant.pipeline.inputs import open_source_for
-
-    return open_source_for(pathlib.Path(model), data)

@@ -37,7 +37,8 @@ def read_config(path: pathlib.Path, options: Mapping[str, Any]) -> QuantConfig:
     reader = _Reader(path, content)
     values = reader.table(data, QuantConfig, "", 0)
     values.update({name: value for name, value in options.items() if value is not None})
-    return reader.build(QuantConfig, values, "", 0)
+    config: QuantConfig = reader.build(QuantConfig, values, "", 0)
+    return config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ def package_versions() -> dict[str, str]:
         try:
             result[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            result[name] = "unknown"
+            result[name] = "unknown"  # run from a source tree that is not installed
     return result
 
 

@@ -14,7 +14,8 @@ from postquant.passes.session import Session
 from postquant.pipeline.chunks import chunked, element_counts
 from postquant.pipeline.kernels import OptimizedGraph, observed_session
 from postquant.pipeline.measure import SimilarityMeter
-from postquant.pipeline.simulate import Simulation, Stored
+from postquant.pipeline.simulate import Simulation
+from postquant.pipeline.stored import Stored
 from postquant.runtime_ops.integer import Affine, Agreement, Prediction, compare_codes, quantized
 
 # Where onnxruntime fuses less when it is observed, ties may fall on the other side; outputs must still agree this well.
@@ -197,7 +198,7 @@ class _IntegerCheck:
                     f"first at {list(index)}: expected {expected}, found {found}"
                 )
         if problem and self.problem is None:
-            self.problem = problem
+            self.problem = problem + self.simulation.remark(tensor, optimized)
         self.totals[tensor.codes] = self.totals.get(tensor.codes, Agreement()) + agreement
 
     def _compare_outputs(

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnx.numpy_helper
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 
 from postquant.passes.session import make_session
 from postquant.passes.subgraph import subgraphs
@@ -69,7 +69,11 @@ def load_model(
             make_session(model, optimize=False, prepack=False, custom_ops=custom_ops)
         except ModelError as error:
             raise ModelError(
-                error.what, where=error.where or str(file), found=error.found, hint=_hint(error)
+                error.what,
+                where=error.where or str(file),
+                expected=error.expected,
+                found=error.found,
+                hint=_hint(error),
             ) from error
     return model
 

@@ -47,6 +47,9 @@ _WITH_MEANING = (
 )
 
 
+KNOWN_OPTIONS = (*_WITH_MEANING, *_FIXED, *_MEMORY_ONLY)
+
+
 @dataclasses.dataclass(frozen=True)
 class ExtraOptions:
     """The options that mean something here.
@@ -72,14 +75,13 @@ def read_extra_options(options: Mapping[str, Any]) -> ExtraOptions:
     Raises:
         ConfigError: If one is unknown or cannot be honoured; the text names it.
     """
-    known = (*_WITH_MEANING, *_FIXED, *_MEMORY_ONLY)
     for name, value in options.items():
-        if name not in known:
+        if name not in KNOWN_OPTIONS:
             raise ConfigError(
                 "quantize_static cannot honour an entry of extra_options",
                 where=str(name),
-                expected=f"one of {', '.join(sorted(known))}",
-                hint=close_match(str(name), known),
+                expected=f"one of {', '.join(sorted(KNOWN_OPTIONS))}",
+                hint=close_match(str(name), KNOWN_OPTIONS),
             )
         default, why = _FIXED.get(name, (value, ""))
         if value != default:

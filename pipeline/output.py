@@ -35,8 +35,9 @@ def output_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
         OutputError: If it is no folder, not writable, or full.
     """
-    made = _make(out)
+    made = not os.path.exists(out)  # pathlib's raises where a parent may not be looked into
     try:
+        _make(out)
         yield out
     finally:
         if made:
@@ -44,8 +45,7 @@ def output_folder(out: pathlib.Path) -> Iterator[pathlib.Path]:
                 out.rmdir()
 
 
-def _make(out: pathlib.Path) -> bool:
-    made = not out.exists()
+def _make(out: pathlib.Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out) as file:
@@ -56,7 +56,6 @@ def _make(out: pathlib.Path) -> bool:
         raise OutputError("the output folder is a file", where=str(out), hint="choose another --out") from None
     except OSError as error:
         raise output_error(error, out) from None
-    return made
 
 
 def check_space(out: pathlib.Path, needed_bytes: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from postquant.passes import semantics
+from postquant.passes import biases, semantics
 from postquant.passes.plan import QuantPlan
 from postquant.passes.weight_codes import weight_codes
 from postquant.pipeline.qdq_structure import Reading, reading
@@ -45,6 +45,11 @@ def input_quantizer(plan: QuantPlan, node: ir.Node, index: int) -> TensorQuantiz
     return plan.activation_quantizer(value.name or "")
 
 
+def weight_numbers(node: ir.Node, quantizer: TensorQuantizer) -> Affine:
+    """Numbers of a weight in the file: a Gemm's alpha is part of its scale."""
+    return dataclasses.replace(Affine.of(quantizer), scale=biases.weight_scale(node, quantizer))
+
+
 def bias_numbers(plan: QuantPlan, name: str, node: ir.Node) -> Affine | None:
     """Scale of an int32 bias by the plan, or None where it is not decided.
 
@@ -59,20 +64,8 @@ def bias_numbers(plan: QuantPlan, name: str, node: ir.Node) -> Affine | None:
     x, w = plan.input_quantizer(source), plan.weights.get(weight)
     if x is None or not isinstance(w, TensorQuantizer):
         return None
-    scale = np.asarray(x.scale * w.scale, np.float32)
-    if node.op_type == "Gemm":
-        scale = np.asarray(scale * np.float32(semantics.attribute(node, "alpha", 1.0)), np.float32)
+    scale = biases.bias_scale(node, x, w)
     return Affine(scale, np.zeros(scale.shape, np.int32), np.dtype(np.int32), 0 if scale.ndim else None)
-
-
-def bias_values(plan: QuantPlan, value: ir.Value, node: ir.Node) -> npt.NDArray[np.float32]:
-    """Float bias by the plan (corrected or the model's own), multiplied by a Gemm's ``beta`` where it becomes codes."""
-    assert value.const_value is not None
-    values = plan.biases.get(value.name or "")
-    if values is None:
-        values = value.const_value.numpy()
-    beta = np.float32(semantics.attribute(node, "beta", 1.0)) if node.op_type == "Gemm" else np.float32(1.0)
-    return np.asarray(values, np.float32) * beta
 
 
 def differences(float_model: ir.Model, emitted: ir.Model, plan: QuantPlan) -> Iterator[Difference]:
@@ -114,7 +107,7 @@ def _input(
     where = f"input {index} of {node.name} ({name})"
     entry = plan.weights.get(name)
     if isinstance(entry, TensorQuantizer):
-        yield from _weight(where, value, entry, found)
+        yield from _weight(where, node, value, entry, found)
         return
     if name in plan.int_biases and value.is_initializer():
         yield from _bias(plan, where, node, value, written, found)
@@ -164,11 +157,13 @@ def _activation(where: str, quantizer: TensorQuantizer, found: Reading) -> Itera
             yield Difference(where, f"codes are clipped to [{low}, {high}], the format allows {allowed}")
 
 
-def _weight(where: str, value: ir.Value, quantizer: TensorQuantizer, found: Reading | None) -> Iterator[Difference]:
+def _weight(
+    where: str, node: ir.Node, value: ir.Value, quantizer: TensorQuantizer, found: Reading | None
+) -> Iterator[Difference]:
     if found is None or found.constant is None:
         yield Difference(where, "expected integer codes by the plan, found a float weight")
         return
-    expected = Affine.of(quantizer)
+    expected = weight_numbers(node, quantizer)
     yield from _same_numbers(where, expected, found.numbers)
     if expected.scale.ndim and expected.scale.size > 1 and found.numbers.axis != expected.axis:
         yield Difference(where, f"channel axis: expected {expected.axis}, found {found.numbers.axis}")
@@ -180,13 +175,11 @@ def _bias(
     plan: QuantPlan, where: str, node: ir.Node, value: ir.Value, written: ir.Value | None, found: Reading | None
 ) -> Iterator[Difference]:
     numbers = bias_numbers(plan, value.name or "", node)
-    real = bias_values(plan, value, node)
+    real = biases.bias_values(node, value, plan)
     if found is None:
         # Left in float where a code would leave int32, or where calibration has not decided it.
         tensor = None if written is None else written.const_value
-        assert value.const_value is not None
-        expected = plan.biases.get(value.name or "", value.const_value.numpy())
-        if tensor is None or not np.array_equal(tensor.numpy(), expected):
+        if tensor is None or not np.array_equal(tensor.numpy(), real):
             yield Difference(where, "the float bias differs from the plan's")
         elif numbers is not None and _fits_int32(real, numbers):
             yield Difference(where, "expected an int32 bias by the plan, found a float one")

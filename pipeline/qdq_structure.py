@@ -7,6 +7,7 @@ reading is independent of how the model was written.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -83,7 +84,9 @@ def array_of(value: ir.Value | None, node: ir.Node) -> npt.NDArray[np.generic]:
     tensor = None if value is None or value.is_graph_input() else value.const_value
     if tensor is None:
         raise VerificationError(
-            f"an input of {node.op_type} is not a constant", where=node.name, found=None if value is None else value.name
+            f"an input of {node.op_type} is not a constant",
+            where=node.name,
+            found=None if value is None else value.name,
         )
     return np.asarray(tensor.numpy())
 
@@ -97,7 +100,8 @@ def _numbers(node: ir.Node, codes: ir.Value) -> Affine:
     scale = array_of(node.inputs[1], node).astype(np.float32)
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         raw = array_of(node.inputs[2], node)
-        zero, dtype = raw.astype(np.int32), raw.dtype
+        zero = raw.astype(np.int32)
+        dtype: np.dtype[Any] = raw.dtype
     else:
         zero = np.zeros(scale.shape, np.int32)
         dtype = np.dtype(np.uint8 if codes.dtype is None else codes.dtype.numpy())

@@ -9,11 +9,14 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir as ir
 
-from postquant.passes.session import make_session
+from postquant.passes.session import Session, make_session
 from postquant.passes.subgraph import values_by_name
 from postquant.pipeline.chunks import chunked, element_counts
 from postquant.pipeline.measure import SimilarityMeter
-from postquant.pipeline.simulate import Stored
+from postquant.pipeline.stored import Stored
+
+# Above this many bytes of weights, onnxruntime keeps no rearranged copy of them: slower, but flat in memory.
+_PREPACKED_BYTES = 48 << 20
 
 Feed = Mapping[str, npt.NDArray[Any]]
 
@@ -66,7 +69,7 @@ def stored_tensor_quality(
     for chunk in chunked(list(tensors), counts, 5):
         codes = {name: tensors[name].codes for name in chunk}
         # Both sessions end at this chunk: what lies behind it is not computed.
-        reference = make_session(float_model, outputs=chunk, threads=threads)
+        reference = float_session(float_model, chunk, threads=threads)
         quantized = make_session(model, outputs=list(codes.values()), threads=threads)
         for feed in samples:
             wanted, got = reference.run(feed), quantized.run(feed)
@@ -89,3 +92,16 @@ def stored_tensor_quality(
             )
         )
     return tuple(result)
+
+
+def float_session(model: ir.Model, outputs: Sequence[str] | None = None, *, threads: int = 1) -> Session:
+    """A session over a float model that does not double the memory of large weights."""
+    return make_session(
+        model, outputs=outputs, threads=threads, prepack=weight_bytes(model) <= _PREPACKED_BYTES
+    )
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers, each tensor counted once."""
+    tensors = {id(v.const_value): v.const_value for v in model.graph.initializers.values()}
+    return sum(tensor.nbytes for tensor in tensors.values() if tensor is not None)

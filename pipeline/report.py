@@ -206,9 +206,10 @@ class Report:
                 found="none" if version is None else f"{version}",
             )
         try:
-            return _decode(cls, data)
+            report: Report = _decode(cls, data)
         except (TypeError, KeyError, AttributeError) as error:
             raise ModelError("the report is damaged", where=str(path), found=str(error)) from None
+        return report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -96,8 +96,9 @@ def check_fields(instance: Any, what: str) -> None:
 
 def close_match(word: str, known: Iterable[str]) -> str | None:
     """A hint at the right spelling of a misspelt word, or None."""
-    found = difflib.get_close_matches(word.lower().replace("-", "_"), sorted(known), n=1, cutoff=0.6)
-    return f'perhaps "{found[0]}" was meant' if found else None
+    spellings = {name.lower(): name for name in sorted(known)}
+    found = difflib.get_close_matches(word.lower().replace("-", "_"), spellings, n=1, cutoff=0.6)
+    return f'perhaps "{spellings[found[0]]}" was meant' if found else None
 
 
 def shown(value: Any) -> str:

@@ -15,46 +15,19 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from postquant.passes import semantics
+from postquant.passes import biases, semantics
 from postquant.passes.plan import QuantPlan
 from postquant.passes.weight_codes import weight_codes
 from postquant.pipeline.kernels import OptimizedGraph
-from postquant.pipeline.plan_check import bias_numbers, bias_values, input_quantizer, integer_codes
-from postquant.pipeline.qdq_structure import Reading, reading
+from postquant.pipeline.plan_check import bias_numbers, input_quantizer, integer_codes, weight_numbers
+from postquant.pipeline.qdq_structure import reading
+from postquant.pipeline.stored import Stored, biased_product, find_stored, moved_float
 from postquant.runtime_ops.integer import Affine, Prediction, quantized
 from postquant.runtime_ops.kernel_laws import Operand, predict
+from postquant.runtime_ops.law_float import evaluate
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 Arrays = Mapping[str, npt.NDArray[Any]]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Stored:
-    """One tensor that the emitted model stores as codes.
-
-    Attributes:
-        value: The value in the float model.
-        codes: Name of the codes in the emitted model, behind the integer Clip.
-        quantizer: What the plan says about it.
-        reading: What the emitted model says about it.
-        node: The node of the float model whose output is quantized, None for a graph input.
-        output: Index of that output.
-        clips: Bounds of the Relu and Clip nodes between that output and ``value``, the last one first.
-        source: Name of the float value that the emitted model quantizes.
-        stored_codes: For a second, narrower quantization: the codes that it reads; None otherwise.
-        needs: Names of the codes that the prediction reads.
-    """
-
-    value: ir.Value
-    codes: str
-    quantizer: TensorQuantizer
-    reading: Reading
-    node: ir.Node | None
-    output: int
-    clips: tuple[tuple[float, float], ...]
-    source: str
-    stored_codes: str | None
-    needs: tuple[str, ...]
 
 
 class Simulation:
@@ -69,85 +42,9 @@ class Simulation:
     def __init__(self, float_model: ir.Model, emitted: ir.Model, plan: QuantPlan) -> None:
         self._plan = plan
         self._opset = float_model.graph.opset_imports.get("", 17)
-        self._float = {node.name: node for node in float_model.graph}
         self._emitted = {node.name: node for node in emitted.graph}
-        self.stored = self._find(float_model, emitted)
-
-    def _find(self, float_model: ir.Model, emitted: ir.Model) -> tuple[Stored, ...]:
-        found: dict[str, Stored] = {}
-        for node in emitted.graph:
-            original = self._float.get(node.name)
-            if original is None or original.op_type != node.op_type:
-                continue
-            for index, value in enumerate(node.inputs):
-                seen = reading(value)
-                if seen is None or seen.constant is not None or index >= len(original.inputs):
-                    continue
-                source = original.inputs[index]
-                assert source is not None
-                quantizer = input_quantizer(self._plan, original, index) or self._plan.activation_quantizer(
-                    source.name or ""
-                )
-                if quantizer is not None:
-                    self._add(found, source, quantizer, seen)
-        for mine, theirs in zip(float_model.graph.outputs, emitted.graph.outputs, strict=True):
-            seen, quantizer = reading(theirs), self._plan.activation_quantizer(mine.name or "")
-            if seen is not None and quantizer is not None:
-                self._add(found, mine, quantizer, seen)
-        return tuple(found.values())
-
-    def _add(self, found: dict[str, Stored], value: ir.Value, quantizer: TensorQuantizer, seen: Reading) -> None:
-        source = seen.source
-        if seen.codes.name in found or source is None:
-            return
-        inner = reading(source)
-        if inner is not None:  # codes -> DequantizeLinear -> QuantizeLinear: the tensor is stored twice
-            stored = self._plan.activation_quantizer(value.name or "")
-            if stored is not None:
-                self._add(found, value, stored, inner)
-            codes = inner.codes.name or ""
-            found[seen.codes.name or ""] = Stored(
-                value, seen.codes.name or "", quantizer, seen, None, 0, (), source.name or "", codes, (codes,)
-            )
-            return
-        node, output, clips = self._origin(value, source)
-        needs: list[str] = []
-        if node is not None and (written := self._emitted.get(node.name)) is not None:
-            for item in written.inputs:
-                part = reading(item)
-                if part is not None and part.constant is None:
-                    needs.append(part.codes.name or "")
-        found[seen.codes.name or ""] = Stored(
-            value,
-            seen.codes.name or "",
-            quantizer,
-            seen,
-            node,
-            output,
-            clips,
-            source.name or "",
-            None,
-            tuple(dict.fromkeys(needs)),
-        )
-
-    def _origin(
-        self, value: ir.Value, source: ir.Value
-    ) -> tuple[ir.Node | None, int, tuple[tuple[float, float], ...]]:
-        """The float node behind the quantizer, through the clips that the quantizer stands for."""
-        clips: list[tuple[float, float]] = []
-        written = source.producer()
-        while True:
-            node = value.producer()
-            same = (
-                (node is None and written is None)
-                if node is None or written is None
-                else (node.name == written.name and value.index() == source.index())
-            )
-            bounds = None if node is None else semantics.clip_bounds(node)
-            if same or node is None or bounds is None or node.inputs[0] is None:
-                return node, value.index() or 0, tuple(clips)
-            clips.append(bounds)
-            value = node.inputs[0]
+        self.stored = find_stored(float_model, emitted, plan)
+        self._whole = {tensor.codes: tensor for tensor in self.stored}
 
     def predict(self, tensor: Stored, arrays: Arrays, feeds: Arrays, optimized: OptimizedGraph) -> Prediction | None:
         """The codes of a stored tensor.
@@ -182,12 +79,29 @@ class Simulation:
             law = Prediction(np.clip(law.codes, codes[0], codes[1]).astype(np.int32), value, law.slack)
         return law.clipped(tensor.quantizer.spec.qmin, tensor.quantizer.spec.qmax)
 
+    def remark(self, tensor: Stored, optimized: OptimizedGraph) -> str:
+        """What may explain a mismatch; "" where nothing is known."""
+        written = None if tensor.node is None else self._emitted.get(tensor.node.name)
+        if written is None or written.op_type not in semantics.WEIGHTED:
+            return ""
+        integer = optimized.kernel_of(written).startswith("Q")
+        floats = [i for i, value in enumerate(written.inputs) if i and semantics.is_constant(value)]
+        if integer and floats:
+            return f"; input {floats[0]} of {written.name} is a float constant, which onnxruntime quantizes by itself"
+        return ""
+
     def _law(self, tensor: Stored, arrays: Arrays, out: Affine, optimized: OptimizedGraph) -> Prediction | None:
         node = tensor.node
         assert node is not None
         written = self._emitted.get(node.name)
         if written is None or node.domain:
             return None
+        product = biased_product(node)
+        if product is not None:
+            return self._biased_product(tensor, product, arrays, out, optimized)
+        behind = moved_float(node, self._emitted.get(node.name))
+        if behind is not None:
+            return self._moved(tensor, behind, arrays, out, optimized)
         operands: list[Operand | None] = []
         for index, value in enumerate(node.inputs):
             if value is None:
@@ -198,12 +112,61 @@ class Simulation:
                 return None
             operands.append(operand)
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        if operands[2:3] and operands[2] is not None and operands[2].codes is not None:
-            attributes.pop("beta", None)  # it is part of the codes
+        if node.op_type == "Gemm" and operands[1] is not None and operands[1].codes is not None:
+            # They are part of the weight's scale and of the bias.
+            attributes |= {"alpha": 1.0, "beta": 1.0}
         kernel = optimized.kernel_of(written)
         return predict(
             node.op_type, attributes, operands, out, kernel=kernel, opset=self._opset, output=tensor.output
         )
+
+    def _moved(
+        self, tensor: Stored, value: ir.Value, arrays: Arrays, out: Affine, optimized: OptimizedGraph
+    ) -> Prediction | None:
+        """A float value that is moved about (Reshape, Transpose) and then quantized."""
+        node = tensor.node
+        assert node is not None
+        inner = dataclasses.replace(tensor, node=value.producer(), output=value.index() or 0)
+        law = self._law(inner, arrays, out, optimized)
+        if law is None:
+            return None
+        slack = np.broadcast_to(np.asarray(law.slack), law.codes.shape)
+        if node.op_type == "Reshape" and self._whole[tensor.codes] is tensor:
+            # The order of elements is all that matters; the shape may be computed at run time.
+            shape = arrays[tensor.codes].shape
+            if law.codes.size != arrays[tensor.codes].size:
+                return None
+            return Prediction(law.codes.reshape(shape), law.value.reshape(shape), slack.reshape(shape))
+        if not all(v is None or semantics.is_constant(v) for v in node.inputs[1:]):
+            return None
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        constants = [None if (v is None or v.const_value is None) else v.const_value.numpy() for v in node.inputs[1:]]
+        codes, moved, slack = (
+            evaluate(node.op_type, attributes, [np.ascontiguousarray(array), *constants], self._opset)[0]
+            for array in (law.codes, law.value, slack)
+        )
+        return Prediction(codes, moved, slack)
+
+    def _biased_product(
+        self, tensor: Stored, product: ir.Node, arrays: Arrays, out: Affine, optimized: OptimizedGraph
+    ) -> Prediction | None:
+        """MatMul followed by an Add of a constant vector, which onnxruntime joins into one QGemm."""
+        add, bias = tensor.node, semantics.bias_of(product)
+        written = self._emitted.get(product.name)
+        if add is None or bias is None or written is None or add.name not in self._emitted:
+            return None
+        at = add.inputs.index(bias)
+        codes = reading(self._emitted[add.name].inputs[at]) is not None
+        operands: list[Operand | None] = []
+        for index in (0, 1):
+            value = product.inputs[index]
+            operand = None if value is None else self._operand(product, index, value, written, arrays)
+            if operand is None:
+                return None
+            operands.append(operand)
+        operands.append(self._constant(add, at, bias, quantized_in_file=codes))
+        kernel = optimized.by_value.get(tensor.codes, "")
+        return predict("MatMul", {}, operands, out, kernel=kernel, opset=self._opset)
 
     def _operand(
         self, node: ir.Node, index: int, value: ir.Value, written: ir.Node, arrays: Arrays
@@ -222,10 +185,11 @@ class Simulation:
         assert value.const_value is not None
         entry = self._plan.weights.get(value.name or "")
         if isinstance(entry, TensorQuantizer):
-            return Operand(weight_codes(value.const_value, entry), Affine.of(entry))
+            return Operand(weight_codes(value.const_value, entry), weight_numbers(node, entry))
         numbers = bias_numbers(self._plan, value.name or "", node)
         if numbers is not None and quantized_in_file:
-            codes = integer_codes(bias_values(self._plan, value, node), numbers)
+            codes = integer_codes(biases.bias_values(node, value, self._plan), numbers)
             return Operand(codes.astype(np.int32), numbers)
-        corrected = self._plan.biases.get(value.name or "")
-        return Operand(plain=value.const_value.numpy() if corrected is None else corrected)
+        if value.name in self._plan.biases or value.name in self._plan.int_biases:
+            return Operand(plain=biases.bias_values(node, value, self._plan))
+        return Operand(plain=value.const_value.numpy())

@@ -27,13 +27,13 @@ import onnx
 import onnx_ir as ir
 
 from postquant.passes.plan import QuantPlan
-from postquant.passes.session import first_sentence, make_session
+from postquant.passes.session import first_sentence
 from postquant.pipeline.integer_check import TensorAgreement, check_integers
 from postquant.pipeline.kernels import Coverage, integer_coverage, observed_session
 from postquant.pipeline.load import load_model, save_model
 from postquant.pipeline.measure import Similarity, SimilarityMeter, jsonable
 from postquant.pipeline.plan_check import differences
-from postquant.pipeline.quality import TensorQuality, stored_tensor_quality
+from postquant.pipeline.quality import TensorQuality, float_session, stored_tensor_quality, weight_bytes
 from postquant.pipeline.report import CheckReport, OutputReport
 from postquant.pipeline.simulate import Simulation
 from postquant.runtime_ops.errors import ModelError, VerificationError
@@ -157,12 +157,13 @@ class _Verifier:
 
     def check(self, name: str, problem: str | None, detail: str = "") -> bool:
         """Records a check; ``problem`` says what is wrong, None that nothing is."""
-        self.checks.append(CheckReport(name=name, passed=problem is None, detail=detail if problem is None else problem))
+        self.checks.append(CheckReport(name=name, passed=problem is None, detail=problem or detail))
         return problem is None
 
     def run(self, samples: Iterable[Feed], integer_samples: int, tensor_samples: int) -> Verification:
         self.check("onnx checker", _checker_problem(self.path))
-        empty: dict[str, Any] = {"tensors": (), "quality": (), "outputs": (), "kernels": {}, "coverage": Coverage({}, {})}
+        nothing = Coverage({}, {})
+        empty: dict[str, Any] = {"tensors": (), "quality": (), "outputs": (), "kernels": {}, "coverage": nothing}
         try:
             deployed, optimized = observed_session(self.model, threads=self.threads)
         except ModelError as error:
@@ -175,7 +176,7 @@ class _Verifier:
 
         held: list[Feed] = []
         meters = {name: SimilarityMeter() for name in deployed.output_names}
-        reference = make_session(self.reference, threads=self.threads)
+        reference = float_session(self.reference, threads=self.threads)
         names = dict(zip(deployed.output_names, reference.output_names, strict=True))
         first_outputs: list[dict[str, npt.NDArray[Any]]] = []
         not_finite: str | None = None
@@ -197,7 +198,8 @@ class _Verifier:
             count += 1
         if not count:
             raise VerificationError("there is no sample to verify the model with", hint="give at least one")
-        del reference
+        # Each session may hold a second copy of the weights: never more than two at a time.
+        del reference, deployed
         self.check("outputs have the float model's shapes and are finite", not_finite, f"{count} samples")
 
         simulation = Simulation(self.float_model, self.model, self.plan)
@@ -262,12 +264,6 @@ def output_report(name: str, similarity: Similarity) -> OutputReport:
         max_abs_error=similarity.max_abs_error,
         agreement=similarity.agreement,
     )
-
-
-def weight_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers, each tensor counted once."""
-    tensors = {id(v.const_value): v.const_value for v in model.graph.initializers.values()}
-    return sum(tensor.nbytes for tensor in tensors.values() if tensor is not None)
 
 
 def file_bytes(path: pathlib.Path, model: ir.Model) -> int:

@@ -155,7 +155,7 @@ def quantized(
 ) -> Prediction:
     """QuantizeLinear of float values: ``round(real / scale) + zero_point`` with a true float32 division."""
     scale = along_axis(out.scale, real.ndim, out.axis)
-    return rounded_then_shifted(np.asarray(real, np.float32) / scale.astype(np.float32), out, slack)
+    return rounded_then_shifted(np.asarray(np.asarray(real, np.float32) / scale, np.float32), out, slack)
 
 
 def multiplier(x: Affine, w: Affine, y: Affine, alpha: float = 1.0) -> npt.NDArray[np.float32]:

@@ -75,7 +75,8 @@ def predict(
     """Output codes of one quantize-dequantize group, or None where no law describes the operator.
 
     Args:
-        op_type: Operator of the standard domain in the float model.
+        op_type: Operator of the standard domain in the float model. A MatMul may have a third operand: the vector that
+            an Add behind it adds.
         attributes: Its attributes as Python values.
         operands: Its inputs; None where an optional one is absent.
         out: Numbers of the quantized output.
@@ -134,9 +135,9 @@ def _weighted(
     if bias is None or integer is not None:
         if kernel == "QLinearConv" and op_type == "Conv":
             return qlinear_conv(x, w, integer, xq, wq, out, attributes)
-        if kernel == "QGemm" and op_type == "Gemm":
+        if kernel == "QGemm" and op_type in ("Gemm", "MatMul"):
             return qgemm(x, w, integer, xq, wq, out, attributes)
-        if kernel == "QLinearMatMul" and op_type == "MatMul":
+        if kernel == "QLinearMatMul" and op_type == "MatMul" and integer is None:
             return qlinear_matmul(x, w, xq, wq, out)
     if op_type == "Conv":
         return float_conv(x, w, real, xq, wq, out, attributes)

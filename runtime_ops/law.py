@@ -10,13 +10,16 @@ half to even. ``scale`` and ``zero_point`` have shape () or, with ``axis``, (C,)
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
+T = TypeVar("T", bound=np.generic)
 FloatArray = npt.NDArray[np.floating]
 
 
-def along_axis(values: npt.NDArray[np.generic], rank: int, axis: int | None) -> npt.NDArray[np.generic]:
+def along_axis(values: npt.NDArray[T], rank: int, axis: int | None) -> npt.NDArray[T]:
     """Reshapes (C,) values so that they broadcast along ``axis`` of a tensor of ``rank`` dimensions."""
     if axis is None or values.ndim == 0:
         return values
@@ -58,7 +61,8 @@ def quantize(
     r = np.copysign(np.floor(np.abs(r) + np.float32(0.5)), r) if half_away else np.rint(r)
     # Saturate in float first: huge quotients do not fit int32.
     r = np.clip(r, np.float32(qmin) - z, np.float32(qmax) - z)
-    return r.astype(np.int32) + z.astype(np.int32)
+    codes: npt.NDArray[np.int32] = r.astype(np.int32) + z
+    return codes
 
 
 def dequantize(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -107,17 +107,17 @@ def conv_sums(
     size = attributes.output_size(spatial)
     points = math.prod(size)
     padded = np.zeros((batch, channels, *(n + sum(p) for n, p in zip(spatial, attributes.pads, strict=True))), dtype)
-    inside = tuple(slice(p[0], p[0] + n) for n, p in zip(spatial, attributes.pads, strict=True))
-    padded[(slice(None), slice(None), *inside)] = x
+    inside = _spatial(slice(p[0], p[0] + n) for n, p in zip(spatial, attributes.pads, strict=True))
+    padded[inside] = x
     weight = w.astype(dtype).reshape(group, outer, inner, *attributes.kernel)
     total = np.zeros((batch, group, outer, points), dtype)
     for tap in itertools.product(*(range(k) for k in attributes.kernel)):
-        window = tuple(
+        window = _spatial(
             slice(t * d, t * d + (n - 1) * s + 1, s)
             for t, d, n, s in zip(tap, attributes.dilations, size, attributes.strides, strict=True)
         )
-        seen = padded[(slice(None), slice(None), *window)].reshape(batch, group, inner, points)
-        factor = weight[(slice(None), slice(None), slice(None), *tap)]
+        seen = padded[window].reshape(batch, group, inner, points)
+        factor = weight[_tap(tap)]
         # A matrix product with one inner channel (depthwise) is an outer product: broadcasting is faster.
         total += seen * factor if inner == 1 else np.matmul(factor, seen)
     return total.reshape(batch, group * outer, *size)
@@ -220,14 +220,13 @@ def conv_transpose_sums(
     reach = [max(size, begin + count) for size, (begin, count) in zip(full, kept, strict=True)]
     total = np.zeros((batch, group * outer, *reach))
     for tap in itertools.product(*(range(k) for k in kernel)):
-        window = tuple(
+        window = _spatial(
             slice(t * d, t * d + (n - 1) * s + 1, s)
             for t, d, n, s in zip(tap, base.dilations, spatial, base.strides, strict=True)
         )
-        factor = weight[(slice(None), slice(None), slice(None), *tap)].transpose(0, 2, 1)
-        total[(slice(None), slice(None), *window)] += np.matmul(factor, flat).reshape(batch, -1, *spatial)
-    inside = tuple(slice(begin, begin + size) for begin, size in kept)
-    return total[(slice(None), slice(None), *inside)]
+        factor = weight[_tap(tap)].transpose(0, 2, 1)
+        total[window] += np.matmul(factor, flat).reshape(batch, -1, *spatial)
+    return total[_spatial(slice(begin, begin + size) for begin, size in kept)]
 
 
 def _kept(
@@ -247,6 +246,16 @@ def _kept(
         # ONNX: the odd element is cut at the end for SAME_UPPER, at the begin otherwise.
         result.append((cut // 2 if auto == "SAME_UPPER" else cut - cut // 2, int(target)))
     return result
+
+
+def _spatial(slices: Iterable[slice]) -> tuple[slice, ...]:
+    """An index of all samples and channels and of the given spatial positions."""
+    return (slice(None), slice(None), *slices)
+
+
+def _tap(tap: tuple[int, ...]) -> Any:
+    """An index of one kernel position: (group, outer, inner)."""
+    return (..., *tap)
 
 
 def _per_channel(values: npt.NDArray[Any] | None, rank: int, otherwise: Any = None) -> Any:

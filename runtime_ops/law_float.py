@@ -113,7 +113,7 @@ def _evaluator(
     outputs: int,
 ) -> onnx.reference.ReferenceEvaluator:
     results = [f"y{i}" for i in range(outputs)]
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in attributes}
+    plain: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in attributes}
     node = onnx.helper.make_node(op_type, list(names), results, **plain)
     infos = [
         onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind)), None)

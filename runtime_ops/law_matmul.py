@@ -58,7 +58,7 @@ def qgemm(
     """QGemm with a quantized output.
 
     Args:
-        a: (M, K) codes, or (K, M) with ``transA``.
+        a: (M, K) codes, or (K, M) with ``transA``; a stack of matrices where a MatMul and an Add were joined.
         b: (K, N) codes, or (N, K) with ``transB``.
         c: int32 codes of the bias, scale ``alpha * s_a * s_b``, broadcastable to (M, N), or None.
         aq: Numbers of ``a``, one scale.
@@ -67,7 +67,7 @@ def qgemm(
         attributes: Attributes of the ONNX Gemm; ``beta`` must be 1 for onnxruntime to fuse.
     """
     sums = _gemm_sums(a, b, c, aq, bq, attributes)
-    return requantize(sums, multiplier(aq, bq, yq, float(attributes.get("alpha", 1.0))), yq, axis=1)
+    return requantize(sums, multiplier(aq, bq, yq, float(attributes.get("alpha", 1.0))), yq, axis=sums.ndim - 1)
 
 
 def gemm_to_float(

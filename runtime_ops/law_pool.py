@@ -41,8 +41,8 @@ def qlinear_average_pool(x: Codes, xq: Affine, yq: Affine, attributes: Mapping[s
     total = np.zeros((*x.shape[:2], *size), np.float32)
     inside = np.zeros(size, np.float32)
     for target, source in _taps(settings, x.shape[2:], size):
-        total[(..., *target)] += real[(..., *source)]
-        inside[target] += 1
+        total[target] += real[source]
+        inside[target[1:]] += 1
     if attributes.get("count_include_pad"):
         inside[...] = math.prod(settings.kernel)
     value = (total / inside) / yq.scale + np.float32(yq.zero_point)
@@ -54,8 +54,7 @@ def max_pool(x: Codes, attributes: Mapping[str, Any]) -> npt.NDArray[np.integer]
     settings, size = _window(attributes, x.shape[2:])
     best = np.full((*x.shape[:2], *size), np.iinfo(x.dtype).min, x.dtype)
     for target, source in _taps(settings, x.shape[2:], size):
-        part = best[(..., *target)]
-        np.maximum(part, x[(..., *source)], out=part)
+        np.maximum(best[target], x[source], out=best[target])
     return best
 
 
@@ -77,8 +76,8 @@ def _window(attributes: Mapping[str, Any], spatial: Sequence[int]) -> tuple[Conv
 
 def _taps(
     settings: ConvAttributes, spatial: Sequence[int], size: Sequence[int]
-) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-    """For each kernel position: the outputs that it reaches inside the input, and the inputs that they read."""
+) -> Iterator[tuple[Any, Any]]:
+    """For each kernel position: indices of the outputs that it reaches, and of the inputs that they read."""
     for tap in itertools.product(*(range(k) for k in settings.kernel)):
         target, source = [], []
         for axis, t in enumerate(tap):
@@ -91,4 +90,4 @@ def _taps(
             target.append(slice(first, last + 1))
             source.append(slice(first * stride + offset, last * stride + offset + 1, stride))
         else:
-            yield tuple(target), tuple(source)
+            yield (..., *target), (..., *source)

@@ -64,12 +64,12 @@ class QuantSpec:
         """Smallest code."""
         if not self.signed:
             return 0
-        return -(2 ** (self.bits - 1)) + (1 if self.narrow else 0)
+        return -(1 << (self.bits - 1)) + (1 if self.narrow else 0)
 
     @property
     def qmax(self) -> int:
         """Largest code."""
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
     @property
     def container(self) -> str:

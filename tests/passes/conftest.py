@@ -24,6 +24,7 @@ from postquant.passes.place import PlacementSettings, place
 from postquant.passes.plan import Entry, QuantPlan
 from postquant.passes.target import load_target
 from postquant.runtime_ops.quantizer import TensorQuantizer
+from postquant.runtime_ops.spec import QuantSpec
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 
@@ -42,6 +43,11 @@ REAL_MODELS = {
 }
 
 
+def spec_of(entry: Entry) -> QuantSpec:
+    """The format behind an entry of a plan."""
+    return entry.spec if isinstance(entry, TensorQuantizer) else entry
+
+
 class Workbench:
     """What the tests of placement and emission do with a model."""
 
@@ -53,11 +59,30 @@ class Workbench:
         for index, node in enumerate(proto.graph.node):
             node.name = node.name or f"{node.op_type}_{index}"
         onnx.checker.check_model(proto)
-        return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+        model: ir.Model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+        return model
 
-    def graph(self, body: str, inputs: str = "float[1,4,8,8] x", outputs: str = "float y", opset: int = 17) -> str:
-        """ONNX text around the nodes of ``body``; an output without a shape has an unknown one."""
+    def graph(
+        self, body: str, inputs: str = "float[N,4,8,8] x", outputs: str = "float[a,b,c,d] y", opset: int = 17
+    ) -> str:
+        """ONNX text around the nodes of ``body``."""
         return f'<ir_version: 8, opset_import: ["" : {opset}]> g ({inputs}) => ({outputs}) {{ {body} }}'
+
+    def arrays(self, rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
+        """w1, b1, w2, b2: two convolutions 3x3 of 4 channels."""
+        shapes = {"w1": (4, 4, 3, 3), "b1": (4,), "w2": (4, 4, 3, 3), "b2": (4,)}
+        return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+    def feeds(
+        self, rng: np.random.Generator, count: int = 2, shape: tuple[int, ...] = (1, 4, 8, 8)
+    ) -> list[dict[str, npt.NDArray[Any]]]:
+        """Random samples of the input ``x``."""
+        return [{"x": rng.standard_normal(shape).astype(np.float32)} for _ in range(count)]
+
+    def difference(self, result: ir.Model, model: ir.Model, feed: Feeds) -> float:
+        """Power of the error of ``y`` relative to the power of ``y``."""
+        expected = self.run(model, feed)["y"]
+        return float(np.square(self.run(result, feed)["y"] - expected).mean() / np.square(expected).mean())
 
     def place(self, model: ir.Model, target: str = "onnxruntime", **settings: Any) -> QuantPlan:
         """The plan of a built-in target."""
@@ -82,22 +107,32 @@ class Workbench:
 
         def decide(table: Mapping[str, Entry]) -> dict[str, Entry]:
             return {
-                key: TensorQuantizer.from_range(getattr(e, "spec", e), low[sources[key]], high[sources[key]])
-                for key, e in table.items()
+                key: TensorQuantizer.from_range(spec_of(entry), low[sources[key]], high[sources[key]])
+                for key, entry in table.items()
             }
 
         weights: dict[str, Entry] = {}
         for name, entry in plan.weights.items():
-            spec = getattr(entry, "spec", entry)
-            tensor = model.graph.initializers[name].const_value
-            assert tensor is not None
-            others = None if spec.axis is None else tuple(i for i in range(len(tensor.shape)) if i != spec.axis)
-            top = np.abs(tensor.numpy()).max(axis=others)
+            spec = spec_of(entry)
+            values = self.array(model, name)
+            others = None if spec.axis is None else tuple(i for i in range(values.ndim) if i != spec.axis)
+            top = np.abs(values).max(axis=others)
             weights[name] = TensorQuantizer.from_range(spec, -top, top)
         plan = dataclasses.replace(
             plan, activations=decide(plan.activations), requants=decide(plan.requants), weights=weights
         )
         return fit_biases(model, plan)
+
+    def array(self, model: ir.Model, name: str) -> npt.NDArray[Any]:
+        """Values of an initializer."""
+        tensor = model.graph.initializers[name].const_value
+        assert tensor is not None
+        return tensor.numpy()
+
+    def inputs(self, model: ir.Model, op_type: str) -> list[str]:
+        """Names of the inputs of the first node of a type."""
+        node = next(node for node in model.graph if node.op_type == op_type)
+        return [value.name or "" for value in node.inputs if value is not None]
 
     def values(self, model: ir.Model, names: Sequence[str], feed: Feeds) -> dict[str, npt.NDArray[Any]]:
         """Values of a float model by name."""
@@ -117,9 +152,7 @@ class Workbench:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if save is not None:
             options.optimized_model_filepath = str(save)
-        return ort.InferenceSession(
-            ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def run(self, model: ir.Model, feed: Feeds, *, optimize: bool = True) -> dict[str, npt.NDArray[Any]]:
         """Outputs by name."""
@@ -147,7 +180,7 @@ class Workbench:
         """A real model, BatchNorm folded, in the simplified form that placement expects."""
         proto, same = onnxsim.simplify(onnx.load(folder / REAL_MODELS[name][1]))
         assert same
-        model = ir.from_proto(proto)
+        model: ir.Model = ir.from_proto(proto)
         normalize(model)
         return model
 

@@ -86,7 +86,9 @@ def test_missing_key_is_named() -> None:
 
 def test_file_extends_a_builtin_target_and_takes_an_operator_out(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text('extends = "onnxruntime"\nname = "mine"\n[float]\nSigmoid = "too coarse"\n[weights]\nmax_bits = 6\n')
+    path.write_text(
+        'extends = "onnxruntime"\nname = "mine"\n[float]\nSigmoid = "too coarse"\n[weights]\nmax_bits = 6\n'
+    )
     target = load_target(path)
     assert "Sigmoid" not in target.ops
     assert target.float_reasons["Sigmoid"] == "too coarse"

@@ -40,7 +40,7 @@ def _stopped_run(out: pathlib.Path, key: str = "key") -> None:
             plan=_plan(),
             model=load_model(out / "net.onnx"),
             data={"b": [1, 2], "a": None},
-            arrays={"z": np.arange(6).reshape(2, 3).T, "a": np.float32(3)},
+            arrays={"z": np.arange(6).reshape(2, 3).T, "a": np.array(3, np.float32)},
         )
         checkpoint.save("two", data=7)
         raise Stopped
@@ -112,7 +112,8 @@ def test_saving_again_replaces(tmp_path: pathlib.Path) -> None:
         checkpoint.save("one", data=2)
         saved = checkpoint.load("one")
         assert saved is not None
-        assert (saved.data(), saved.parts) == (2, {"data"})
+        assert saved.data() == 2
+        assert saved.parts == {"data"}
 
 
 def test_two_runs_into_one_folder(tmp_path: pathlib.Path) -> None:

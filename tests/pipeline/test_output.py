@@ -126,11 +126,11 @@ def test_the_report_goes_first_and_comes_last(tmp_path: pathlib.Path, monkeypatc
 
 def test_a_failed_result_is_kept_aside(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "out"
+    failed = out / "failed-verification"
     for text in ("first", "second"):
         staging = _stage(tmp_path, model__onnx=text)
         (out / "model.onnx").write_text("good")
-        failed = put_aside(staging, out, "the simulation differs.")
-        assert failed == out / "failed-verification"
+        assert put_aside(staging, out, "the simulation differs.") == failed
         assert (failed / "model.onnx").read_text() == text
     assert (out / "model.onnx").read_text() == "good"
     assert "Do not use these files" in (failed / "README.txt").read_text()

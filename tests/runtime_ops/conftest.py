@@ -123,7 +123,7 @@ class Kernels:
             return [constant(f"{name}_scale", q.scale), constant(f"{name}_zero", q.zero_point.astype(q.dtype))]
 
         def dequantize(source: str, q: Affine) -> str:
-            extra = {} if q.axis is None else {"axis": q.axis}
+            extra: dict[str, Any] = {} if q.axis is None else {"axis": q.axis}
             nodes.append(helper.make_node("DequantizeLinear", [source, *numbers(source, q)], [f"{source}_f"], **extra))
             return f"{source}_f"
 
@@ -136,14 +136,14 @@ class Kernels:
                 slots.append(constant(f"p{slot}", plain[slot]))
             else:
                 index, (array, q) = waiting.pop(0)
-                kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+                kind = int(helper.np_dtype_to_tensor_dtype(array.dtype))
                 values.append(helper.make_tensor_value_info(f"x{index}", kind, array.shape))
                 slots.append(dequantize(f"x{index}", q))
         nodes.append(helper.make_node(op_type, slots, ["real"], **(attributes or {})))
         result, kind = "real", int(onnx.TensorProto.FLOAT)
         if out is not None:
             nodes.append(helper.make_node("QuantizeLinear", ["real", *numbers("y", out)], ["y"]))
-            result, kind = "y", helper.np_dtype_to_tensor_dtype(out.dtype)
+            result, kind = "y", int(helper.np_dtype_to_tensor_dtype(out.dtype))
         ends = [helper.make_tensor_value_info(result, kind, None)]
         graph = helper.make_graph(nodes, "group", values, ends, initializers)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)

@@ -60,8 +60,8 @@ def test_inputs_that_are_not_numbers_of_a_tensor(kernels: Any) -> None:
 
 
 def test_a_mismatch_is_a_tie_only_next_to_a_boundary() -> None:
-    law = Prediction(np.int32([4, 4, 4, 4]), np.float64([4.49999, 4.4, 4.49999, 3.500001]), 1e-4)
-    agreement = compare_codes(law, np.uint8([5, 5, 6, 3]))
+    law = Prediction(np.full(4, 4, np.int32), np.array([4.49999, 4.4, 4.49999, 3.500001]), 1e-4)
+    agreement = compare_codes(law, np.array([5, 5, 6, 3], np.uint8))
     assert (agreement.ties, agreement.mismatches, agreement.worst) == (2, 2, 2)
     assert agreement.first == ((1,), 4, 5)
     with pytest.raises(ValueError, match="shape"):

@@ -43,5 +43,5 @@ def test_nearest_modes_and_sizes(kernels: Any, nearest: str) -> None:
 
 def test_other_forms_have_no_law() -> None:
     x = np.zeros((1, 1, 4, 4), np.float32)
-    assert resized(x, {"mode": "cubic"}, [None, np.float32([1, 1, 2, 2]), None]) is None
+    assert resized(x, {"mode": "cubic"}, [None, np.array([1, 1, 2, 2], np.float32), None]) is None
     assert resized(x, {}, [None, None, None]) is None

@@ -1,0 +1,63 @@
+"""Error-compensated rounding of weights against second moments (GPTQ, Frantar et al. 2022, also for convolutions).
+
+With ``H = E[x~' x~]`` per group, rounding row k of the (K, M) weight matrix to ``q_k`` changes the output by
+``x_k (q_k - w_k)``; the rows that are not rounded yet take up what they can:
+
+    H^-1 = U' U (U upper triangular)      e_k = (w_k - s q_k) / U_kk      w_j -= U_kj e_k  for j > k
+
+All output channels are rounded at once; rows go in the order of falling ``H_kk``, so that the large ones still find
+others to compensate for them. The scale stays; the caller keeps the result only where the output error falls.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+FloatArray = npt.NDArray[np.float32]
+DoubleArray = npt.NDArray[np.float64]
+
+# Share of the mean diagonal added to it, as in GPTQ.
+DAMPING = 0.01
+
+
+def compensated_codes(
+    matrix: FloatArray, scale: FloatArray, moments: DoubleArray, qmin: int, qmax: int, *, block: int = 64
+) -> FloatArray:
+    """Integer codes of a weight matrix.
+
+    Args:
+        matrix: (G, K, M) float weights.
+        scale: (G, 1, M) steps, > 0.
+        moments: (G, K, K) second moments (or covariances) of the inputs.
+        qmin: Smallest code.
+        qmax: Largest code.
+        block: Rows between two updates of all later rows.
+
+    Returns:
+        (G, K, M) float32 codes, integers in ``[qmin, qmax]``.
+    """
+    groups, depth, _ = matrix.shape
+    diagonal = np.einsum("gkk->gk", moments)
+    order = np.argsort(-diagonal, axis=1, kind="stable")
+    inverse_order = np.argsort(order, axis=1, kind="stable")
+    work = np.take_along_axis(matrix / scale, order[:, :, np.newaxis], axis=1).astype(np.float32)
+    factor = np.empty((groups, depth, depth), np.float32)
+    for group in range(groups):
+        permuted = moments[group][np.ix_(order[group], order[group])]
+        damped = permuted + np.eye(depth) * max(DAMPING * float(np.mean(np.diag(permuted))), 1e-12)
+        inverse = scipy.linalg.cho_solve(scipy.linalg.cho_factor(damped, lower=True), np.eye(depth))
+        factor[group] = scipy.linalg.cholesky((inverse + inverse.T) / 2, lower=False)
+    codes = np.empty_like(work)
+    for begin in range(0, depth, block):
+        end = min(begin + block, depth)
+        errors = np.empty((groups, end - begin, work.shape[2]), np.float32)
+        for k in range(begin, end):
+            codes[:, k] = np.clip(np.rint(work[:, k]), qmin, qmax)
+            error = (work[:, k] - codes[:, k]) / factor[:, k, k, np.newaxis]
+            work[:, k + 1 : end] -= factor[:, k, k + 1 : end, np.newaxis] * error[:, np.newaxis]
+            errors[:, k - begin] = error
+        if end < depth:
+            work[:, end:] -= np.matmul(factor[:, begin:end, end:].transpose(0, 2, 1), errors)
+    return np.take_along_axis(codes, inverse_order[:, :, np.newaxis], axis=1)

@@ -1,0 +1,366 @@
+"""EasyQuant: alternating scale optimization through the network (Wu et al. 2020, algorithm 1).
+
+Tensors are visited from the network's inputs to its outputs. For the layers that read a tensor,
+
+    repeat (``rounds`` times, or until nothing changes):
+        weights:     every channel's scale, by second moments or sampled rows of the layer's inputs
+        activation:  the tensor's scale, by sampled rows
+    weights once more, by the second moments of all samples
+
+Targets are the outputs of the untouched float network; inputs come from the already quantized prefix, which here
+carries the decisions for weights *and* activations of all layers before (the paper goes through the network twice,
+weights first). The paper's single round is ``rounds=1``.
+
+Second moments are exact over all samples, and over all output positions where a layer has at most
+``positions_per_sample`` of them; elsewhere over a seeded sample of positions, and a note says so. A layer too deep for
+K x K moments (``max_depth``) uses the sampled rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from postquant.calib.activation_search import Reader, search_activation
+from postquant.calib.layers import Layer, layers_of
+from postquant.calib.moments import Moments, MomentSums
+from postquant.calib.prefix import Prefix
+from postquant.calib.weight_search import SearchOptions, search_weight
+from postquant.passes import semantics
+from postquant.passes.plan import QuantPlan
+from postquant.runtime_ops.quantizer import TensorQuantizer
+
+FloatArray = npt.NDArray[np.float32]
+Progress = Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkLimits:
+    """How much data the search sees.
+
+    Attributes:
+        positions_per_sample: Output positions of a sample that enter second moments.
+        search_samples: Samples whose rows judge activation candidates.
+        search_rows: Rows that judge activation candidates, over all samples.
+        max_depth: Largest K for which second moments are kept.
+        seed: Of the sampled positions.
+    """
+
+    positions_per_sample: int = 196
+    search_samples: int = 64
+    search_rows: int = 512
+    max_depth: int = 2048
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerChange:
+    """What the search did to one layer, for the report.
+
+    Attributes:
+        layer: Node name.
+        activation: Quotient of the new activation scale by the old.
+        score_before: Mean cosine (or minus relative error) of the outputs at the start.
+        score_after: The same at the end.
+        exact: Whether moments covered every output position of every sample.
+        rounds: Alternations until nothing changed.
+    """
+
+    layer: str
+    activation: float
+    score_before: float
+    score_after: float
+    exact: bool
+    rounds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EasyQuantResult:
+    """The searched plan, the float input means for bias correction, and what happened."""
+
+    plan: QuantPlan
+    moments: Mapping[str, FloatArray]
+    changes: tuple[LayerChange, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    """One quantizer that layers read through: a stored tensor, or a requantization in front of one input.
+
+    Attributes:
+        tensor: Key in ``plan.activations``.
+        key: Key in ``plan.requants``, or None for the stored tensor itself.
+        layers: Who reads through it.
+    """
+
+    tensor: str
+    key: str | None
+    layers: tuple[Layer, ...]
+
+
+def sites_of(model: ir.Model, plan: QuantPlan) -> list[_Site]:
+    """All quantizers that layers with a quantized weight read through, in topological order of the layers."""
+    found: dict[tuple[str, str | None], list[Layer]] = {}
+    for layer in layers_of(model):
+        if layer.weight not in plan.weights:
+            continue
+        tensor = plan.shared.get(layer.input, layer.input)
+        if tensor not in plan.activations:
+            continue
+        key = f"{layer.name}:0"
+        found.setdefault((tensor, key if key in plan.requants else None), []).append(layer)
+    return [_Site(tensor, key, tuple(layers)) for (tensor, key), layers in found.items()]
+
+
+class EasyQuant:
+    """The search over one model.
+
+    Args:
+        model: The simplified float model.
+        prefix: Streams inputs of layers.
+        options: Of the scale search.
+        limits: How much data it sees.
+        search_activations: Whether activation scales may move; weights only otherwise.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        prefix: Prefix,
+        options: SearchOptions,
+        limits: WorkLimits,
+        *,
+        search_activations: bool = True,
+    ) -> None:
+        self._model = model
+        self._prefix = prefix
+        self._options = options
+        self._limits = limits
+        self._search_activations = search_activations
+
+    def run(self, plan: QuantPlan, progress: Progress | None = None) -> EasyQuantResult:
+        """Searches every layer.
+
+        Args:
+            plan: A plan whose entries are all quantizers: the starts ``S0``.
+            progress: Called after every site.
+
+        Returns:
+            The plan with searched scales, the float means of the layers' input rows, and what changed.
+        """
+        order = _topological(self._model, plan)
+        sites = sorted(sites_of(self._model, plan), key=lambda site: order.index(site.tensor))
+        decided: set[str] = set()
+        means: dict[str, FloatArray] = {}
+        changes: list[LayerChange] = []
+        for site in sites:
+            # Everything stored before this site keeps its quantizer; what comes later is still float.
+            before = order[: order.index(site.tensor)]
+            done = _up_to(plan, before, decided, site)
+            plan, site_changes = self._visit(plan, done, site, before, means)
+            changes.extend(site_changes)
+            decided.update(layer.weight for layer in site.layers)
+            if progress is not None:
+                progress()
+        return EasyQuantResult(plan, means, tuple(changes))
+
+    def _visit(
+        self, plan: QuantPlan, done: QuantPlan, site: _Site, before: Sequence[str], means: dict[str, FloatArray]
+    ) -> tuple[QuantPlan, list[LayerChange]]:
+        start = _quantizer(plan, site)
+        store = plan.activations[site.tensor] if site.key is not None else None
+        stored = store if isinstance(store, TensorQuantizer) else None
+        inputs = list(dict.fromkeys(layer.input for layer in site.layers))
+        weights = {layer.name: _float_weight(self._model, layer) for layer in site.layers}
+        sample = self._sample_rows(done, site, inputs, stored)
+        quantizer, rounds, before_score, after_score = start, 0, 0.0, 0.0
+        current = {layer.name: _weight_quantizer(plan, layer) for layer in site.layers}
+        limit = self._options.rounds if self._options.rounds is not None else 8
+        while rounds < limit:
+            rounds += 1
+            for layer in site.layers:
+                moments = _moments_of_rows(layer, sample[layer.name], quantizer)
+                current[layer.name] = search_weight(
+                    layer, weights[layer.name], _weight_quantizer(plan, layer), moments, self._options
+                )
+            if not self._search_activations:
+                break
+            readers = [self._reader(layer, sample[layer.name], current[layer.name], weights[layer.name]) for layer in site.layers]
+            found, score, at_start = search_activation(quantizer, readers, self._options)
+            before_score = at_start if rounds == 1 else before_score
+            after_score = score
+            unchanged = found is quantizer
+            quantizer = found
+            if unchanged:
+                break
+        plan = _with_quantizer(plan, site, quantizer)
+        exact = self._final_weights(plan, done, site, inputs, stored, quantizer, weights, current, means, before)
+        for layer in site.layers:
+            plan = plan.with_weight(layer.weight, current[layer.name])
+        ratio = float(quantizer.scale / start.scale)
+        return plan, [
+            LayerChange(layer.name, ratio, before_score, after_score, exact[layer.name], rounds) for layer in site.layers
+        ]
+
+    def _sample_rows(
+        self, done: QuantPlan, site: _Site, inputs: Sequence[str], stored: TensorQuantizer | None
+    ) -> dict[str, _Rows]:
+        """Rows of a part of the samples, for the alternation."""
+        collected: dict[str, list[tuple[FloatArray, FloatArray]]] = {layer.name: [] for layer in site.layers}
+        count = min(self._limits.search_samples, self._prefix.samples)
+        per_sample = max(self._limits.search_rows // count, 1)
+        stream = self._prefix.stream(done, inputs, limit=self._limits.search_samples)
+        for index, (exact, quantized) in enumerate(stream):
+            for layer in site.layers:
+                x, x_quantized = exact[layer.input], quantized[layer.input]
+                if stored is not None:
+                    x_quantized = stored.simulate(x_quantized)
+                chosen = _positions(layer, x.shape, per_sample, self._limits.seed, index)
+                collected[layer.name].append((layer.rows(x, chosen), layer.rows(x_quantized, chosen)))
+        return {name: _Rows.of(parts) for name, parts in collected.items()}
+
+    def _final_weights(
+        self,
+        plan: QuantPlan,
+        done: QuantPlan,
+        site: _Site,
+        inputs: Sequence[str],
+        stored: TensorQuantizer | None,
+        quantizer: TensorQuantizer,
+        weights: Mapping[str, FloatArray],
+        current: dict[str, TensorQuantizer],
+        means: dict[str, FloatArray],
+        before: Sequence[str],
+    ) -> dict[str, bool]:
+        """Weights once more, by all samples; returns which layers' moments covered every position."""
+        small = [layer for layer in site.layers if layer.depth <= self._limits.max_depth]
+        sums = {layer.name: MomentSums(layer.groups, layer.depth) for layer in small}
+        totals = {layer.name: np.zeros((layer.groups, layer.depth)) for layer in site.layers}
+        counts = dict.fromkeys(totals, 0)
+        exact = dict.fromkeys(totals, True)
+        for index, (x_all, q_all) in enumerate(self._prefix.stream(done, inputs, decided=before)):
+            for layer in site.layers:
+                x, x_quantized = x_all[layer.input], q_all[layer.input]
+                if layer.positions(x.shape) > self._limits.positions_per_sample or layer not in small:
+                    exact[layer.name] = False
+                chosen = _positions(layer, x.shape, self._limits.positions_per_sample, self._limits.seed, index)
+                rows = layer.rows(x, chosen)
+                totals[layer.name] += rows.sum(0, dtype=np.float64)
+                counts[layer.name] += len(rows)
+                if layer in small:
+                    rows_quantized = layer.rows(x_quantized, chosen)
+                    if stored is not None:
+                        rows_quantized = stored.simulate(rows_quantized)
+                    sums[layer.name].update(rows, quantizer.simulate(rows_quantized))
+        for layer in site.layers:
+            means[layer.name] = (totals[layer.name] / max(counts[layer.name], 1)).astype(np.float32)
+            if layer in small:
+                current[layer.name] = search_weight(
+                    layer, weights[layer.name], _weight_quantizer(plan, layer), sums[layer.name].result(), self._options
+                )
+        return exact
+
+    def _reader(self, layer: Layer, rows: _Rows, quantizer: TensorQuantizer, weight: FloatArray) -> Reader:
+        matrix = layer.matrix(quantizer.simulate(weight)).astype(np.float32)
+        target = np.matmul(rows.exact.transpose(1, 0, 2), layer.matrix(weight)).transpose(1, 0, 2)
+        bounds = _following_bounds(layer)
+        bias = None
+        if bounds is not None and layer.bias is not None:
+            value = layer.node.inputs[2]
+            assert value is not None and value.const_value is not None
+            bias = value.const_value.numpy().astype(np.float32).reshape(layer.groups, -1)
+            target = np.clip(target + bias, *bounds)
+        return Reader(layer, target, rows.quantized, rows.starts, matrix, bounds if bias is not None else None, bias)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Rows:
+    """Rows of several samples: (P, G, K) in float and behind the prefix, and where each sample starts."""
+
+    exact: FloatArray
+    quantized: FloatArray
+    starts: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[FloatArray, FloatArray]]) -> _Rows:
+        filled = [part for part in parts if len(part[0])]
+        lengths = [len(part[0]) for part in filled]
+        return cls(
+            np.concatenate([part[0] for part in filled]),
+            np.concatenate([part[1] for part in filled]),
+            np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64),
+        )
+
+
+def _moments_of_rows(layer: Layer, rows: _Rows, quantizer: TensorQuantizer) -> Moments:
+    sums = MomentSums(layer.groups, layer.depth)
+    sums.update(rows.exact, quantizer.simulate(rows.quantized))
+    return sums.result()
+
+
+def _positions(layer: Layer, shape: Sequence[int], limit: int, seed: int, index: int) -> npt.NDArray[np.int64] | None:
+    """A seeded choice of output positions of one sample; None for all."""
+    count = layer.positions(shape)
+    if count <= limit:
+        return None
+    generator = np.random.default_rng([seed, index, count])
+    return np.sort(generator.choice(count, limit, replace=False))
+
+
+def _following_bounds(layer: Layer) -> tuple[float, float] | None:
+    """Bounds of the Relu or Clip that alone reads the layer's output."""
+    output = layer.node.outputs[0]
+    uses = output.uses()
+    if len(uses) != 1 or output.is_graph_output():
+        return None
+    (use,) = uses
+    return semantics.clip_bounds(use.node)
+
+
+def _topological(model: ir.Model, plan: QuantPlan) -> list[str]:
+    """Stored tensors in the order in which the network makes them."""
+    values = [v.name for v in model.graph.inputs] + [v.name for node in model.graph for v in node.outputs]
+    return [name for name in values if name in plan.activations]
+
+
+def _up_to(plan: QuantPlan, before: Sequence[str], decided: set[str], site: _Site) -> QuantPlan:
+    """The plan of the quantized prefix: tensors, weights and requantizations that lie before a site."""
+    layers = {layer.name for layer in site.layers}
+    return dataclasses.replace(
+        plan,
+        activations={name: plan.activations[name] for name in before},
+        shared={name: root for name, root in plan.shared.items() if root in set(before)},
+        weights={name: entry for name, entry in plan.weights.items() if name in decided},
+        requants={key: entry for key, entry in plan.requants.items() if key.rpartition(":")[0] not in layers},
+        int_biases={bias: keys for bias, keys in plan.int_biases.items() if keys[1] in decided},
+    )
+
+
+def _quantizer(plan: QuantPlan, site: _Site) -> TensorQuantizer:
+    entry = plan.activations[site.tensor] if site.key is None else plan.requants[site.key]
+    assert isinstance(entry, TensorQuantizer)
+    return entry
+
+
+def _with_quantizer(plan: QuantPlan, site: _Site, quantizer: TensorQuantizer) -> QuantPlan:
+    if site.key is None:
+        return plan.with_activation(site.tensor, quantizer)
+    for layer in site.layers:
+        plan = plan.with_requant(f"{layer.name}:0", quantizer)
+    return plan
+
+
+def _weight_quantizer(plan: QuantPlan, layer: Layer) -> TensorQuantizer:
+    entry = plan.weights[layer.weight]
+    assert isinstance(entry, TensorQuantizer)
+    return entry
+
+
+def _float_weight(model: ir.Model, layer: Layer) -> FloatArray:
+    tensor = model.graph.initializers[layer.weight].const_value
+    assert tensor is not None
+    return tensor.numpy().astype(np.float32, copy=False)

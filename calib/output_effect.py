@@ -1,0 +1,264 @@
+"""Chooses each activation's range by its effect on the network's outputs.
+
+Ranges that minimise a tensor's own error are far too wide where a few samples have huge values, and what a tensor's
+error does to the result differs by orders of magnitude between tensors. So every candidate range is tried: the float
+network runs with only this tensor quantized, from the tensor to the outputs, and
+
+    effect = mean over samples of log( |o - o~|^2 / |o|^2 )        (summed over outputs inside the logarithm)
+
+is minimised; the logarithm keeps single samples from deciding. Quantizing one tensor at a time shows its effect without
+the noise of all the others, and at useful widths these effects add up.
+
+Candidates come from the observers (min-max, sample mean, percentile, Lp, entropy), widths between them, and narrower
+ones. A part of the samples sees all of them; the rest decides among the best few.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from postquant.calib.observers import Range
+from postquant.calib.prefix import spaced
+from postquant.calib.source import CalibrationSource
+from postquant.passes.session import Session, make_session
+from postquant.runtime_ops.errors import CalibrationError
+from postquant.runtime_ops.quantizer import TensorQuantizer
+from postquant.runtime_ops.spec import QuantSpec
+
+_SCALE, _ZERO, _LOW, _HIGH = "postquant_scale", "postquant_zero_point", "postquant_low", "postquant_high"
+
+
+@dataclasses.dataclass(frozen=True)
+class EffectOptions:
+    """How much is tried.
+
+    Attributes:
+        samples: Samples that decide among the finalists.
+        screening: Samples that see every candidate.
+        finalists: Candidates that survive the screening.
+    """
+
+    samples: int = 32
+    power: float = 0.0
+    screening: int = 6
+    finalists: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The outcome for one tensor.
+
+    Attributes:
+        quantizer: The best quantizer.
+        candidate: Name of the winning candidate.
+        effect_db: SQNR of the network's outputs, in dB, with only this tensor quantized.
+    """
+
+    quantizer: TensorQuantizer
+    candidate: str
+    effect_db: float
+
+
+def candidate_quantizers(spec: QuantSpec, ranges: Mapping[str, Range]) -> dict[str, TensorQuantizer]:
+    """Quantizers for the observers' ranges, widths in between, and narrower ones; duplicates dropped.
+
+    Args:
+        spec: The format.
+        ranges: Observer name -> (low, high).
+    """
+    by_width = sorted(ranges.items(), key=lambda item: (item[1][1] - item[1][0], item[0]))
+    named: list[tuple[str, Range]] = []
+    narrowest = by_width[0][1]
+    for factor in (0.5, 0.65, 0.8, 0.9) if spec.bits < 7 else (0.9,):
+        named.append((f"{by_width[0][0]} x {factor:g}", (narrowest[0] * factor, narrowest[1] * factor)))
+    for (name, bounds), following in zip(by_width, [*by_width[1:], None], strict=True):
+        named.append((name, bounds))
+        if following is None:
+            continue
+        other_name, other = following
+        width, other_width = bounds[1] - bounds[0], other[1] - other[0]
+        steps = 0 if width <= 0 else min(round(math.log(other_width / width) / math.log(1.25)) - 1, 3)
+        for step in range(1, steps + 1):
+            t = step / (steps + 1)
+            between = (bounds[0] * (1 - t) + other[0] * t, bounds[1] * (1 - t) + other[1] * t)
+            named.append((f"{name} .. {other_name} {t:.2f}", between))
+    result: dict[str, TensorQuantizer] = {}
+    seen: list[tuple[float, int]] = []
+    for name, (low, high) in named:
+        quantizer = TensorQuantizer.from_range(spec, low, high)
+        scale, zero = float(quantizer.scale), int(quantizer.zero_point)
+        if all(abs(scale / s - 1) > 0.02 or abs(zero - z) > 2 for s, z in seen):
+            result[name] = quantizer
+            seen.append((scale, zero))
+    return result
+
+
+class OutputEffect:
+    """Measures effects on one float model.
+
+    Args:
+        model: The simplified float model.
+        source: Calibration data.
+        options: How much is tried.
+        threads: Threads of onnxruntime.
+    """
+
+    def __init__(
+        self, model: ir.Model, source: CalibrationSource, options: EffectOptions, *, threads: int = 1
+    ) -> None:
+        self._model = model
+        self._options = options
+        self._threads = threads
+        self._samples = list(source.read(spaced(len(source), options.samples)))
+        # The screening samples come first, themselves spread over all.
+        first = spaced(len(self._samples), options.screening)
+        self._order = [*first, *(i for i in range(len(self._samples)) if i not in set(first))]
+        self._outputs = [v.name or "" for v in model.graph.outputs if _is_float(v)]
+        session = make_session(model, outputs=self._outputs, threads=threads)
+        self._reference = [session.run(sample) for sample in self._samples]
+
+    def choose(
+        self, tensor: str, candidates: Mapping[str, TensorQuantizer], *, reader: tuple[str, int] | None = None
+    ) -> Choice:
+        """The candidate with the smallest effect.
+
+        Args:
+            tensor: A value of the model.
+            candidates: Name -> quantizer; ties go to the earlier one.
+            reader: (node name, input index): quantize for this reader only; for all when None.
+        """
+        names = list(candidates)
+        if len(names) == 1 or not self._outputs:
+            return Choice(candidates[names[0]], names[0], math.inf)
+        suffix, others = self._suffix(tensor, reader)
+        begin = make_session(self._model, outputs=[tensor, *others], threads=self._threads)
+        effects: dict[str, list[float]] = {name: [] for name in names}
+        alive = names
+        for position, index in enumerate(self._order):
+            if position == self._options.screening:
+                mean = {name: _mean(effects[name],self._options.power) for name in alive}
+                alive = [n for n in names if n in sorted(mean, key=mean.__getitem__)[: self._options.finalists]]
+                if len(alive) == 1:
+                    break
+            feeds = begin.run(self._samples[index])
+            for name in alive:
+                effects[name].append(self._effect(suffix, feeds, candidates[name], self._reference[index]))
+        mean = {name: _mean(effects[name],self._options.power) for name in alive}
+        best = min(alive, key=mean.__getitem__)
+        return Choice(candidates[best], best, -10 * mean[best] / math.log(10))
+
+    def _effect(
+        self,
+        suffix: Session,
+        feeds: dict[str, npt.NDArray[Any]],
+        quantizer: TensorQuantizer,
+        reference: Mapping[str, npt.NDArray[Any]],
+    ) -> float:
+        low, high = quantizer.range()
+        feeds[_SCALE] = quantizer.scale
+        feeds[_ZERO] = quantizer.zero_point.astype(quantizer.spec.container)
+        feeds[_LOW], feeds[_HIGH] = np.asarray(low, np.float32), np.asarray(high, np.float32)
+        outputs = suffix.run(feeds)
+        total = 0.0
+        for name, value in outputs.items():
+            expected = reference[name].astype(np.float64)
+            energy = float(np.sum(np.square(expected)))
+            total += float(np.sum(np.square(value - expected))) / max(energy, 1e-30)
+        if not math.isfinite(total):
+            raise CalibrationError("the network's outputs are not finite", where="calibration of ranges")
+        return math.log(max(total, 1e-12))
+
+    def _suffix(self, tensor: str, reader: tuple[str, int] | None) -> tuple[Session, list[str]]:
+        """A session from the tensor to the outputs with a quantizer fed at run time, and the other values it reads."""
+        copy = self._model.clone()
+        graph = copy.graph
+        values = {v.name: v for v in (*graph.inputs, *(v for node in graph for v in node.outputs))}
+        source = values[tensor]
+        feeds = [
+            ir.Value(name=_SCALE, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(())),
+            ir.Value(name=_ZERO, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape(())),
+            ir.Value(name=_LOW, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(())),
+            ir.Value(name=_HIGH, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(())),
+        ]
+        scale, zero, low, high = feeds
+        uses = [use for use in source.uses() if reader is None or (use.node.name, use.idx) == reader]
+        # Saturating first lets one graph serve all widths: the codes of what remains lie within the range.
+        clip = ir.node("Clip", [source, low, high])
+        quantize = ir.node("QuantizeLinear", [clip.outputs[0], scale, zero])
+        dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero])
+        for number, node in enumerate((clip, quantize, dequantize)):
+            node.name = f"postquant_effect_{number}"
+            node.outputs[0].name = f"postquant_effect_value_{number}"
+        result = dequantize.outputs[0]
+        for use in uses:
+            use.node.replace_input_with(use.idx, result)
+        graph.inputs.extend(feeds)
+        producer = source.producer()
+        if producer is None:
+            graph.insert_before(next(iter(graph)), [clip, quantize, dequantize])
+        else:
+            graph.insert_after(producer, [clip, quantize, dequantize])
+        outputs = self._outputs
+        if source.is_graph_output() and reader is None:
+            for index, output in enumerate(graph.outputs):
+                if output is source:
+                    graph.outputs[index] = result
+            outputs = [result.name if name == tensor else name for name in outputs]  # type: ignore[misc]
+        affected = {clip, quantize, dequantize, *_descendants(result)}
+        others = list(
+            dict.fromkeys(
+                v.name or ""
+                for node in graph
+                if node in affected
+                for v in node.inputs
+                if v is not None
+                and v is not result
+                and (v.producer() is None or v.producer() not in affected)
+                and not v.is_initializer()
+                and v.name not in (tensor, _SCALE, _ZERO, _LOW, _HIGH)
+            )
+        )
+        reachable = [name for name in outputs if _producer_of(graph, name) in affected or name == result.name]
+        session = make_session(
+            copy,
+            inputs=[tensor, *others, _SCALE, _ZERO, _LOW, _HIGH],
+            outputs=reachable,
+            threads=self._threads,
+        )
+        if outputs is not self._outputs:
+            session.output_names = tuple(tensor if n == result.name else n for n in session.output_names)
+        return session, others
+
+
+def _mean(v,p):
+    v=np.asarray(v)
+    return float(np.mean(v)) if p==0 else float(np.log(np.mean(np.exp(v*p)))/p)
+
+
+def _descendants(value: ir.Value) -> set[ir.Node]:
+    found: set[ir.Node] = set()
+    stack = [value]
+    while stack:
+        for use in stack.pop().uses():
+            if use.node not in found:
+                found.add(use.node)
+                stack.extend(use.node.outputs)
+    return found
+
+
+def _producer_of(graph: ir.Graph, name: str | None) -> ir.Node | None:
+    for output in graph.outputs:
+        if output.name == name:
+            return output.producer()
+    return None
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.dtype in (None, ir.DataType.FLOAT, ir.DataType.FLOAT16)

@@ -1,0 +1,103 @@
+"""Checks a result folder again, with nothing but what is in it: :func:`verify_folder`."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from postquant.passes.plan import QuantPlan
+from postquant.pipeline.config import QuantConfig
+from postquant.pipeline.fingerprint import digest_file
+from postquant.pipeline.inputs import open_calibration
+from postquant.pipeline.load import load_model
+from postquant.pipeline.output import MODEL_FILE, PLAN_FILE, REPORT_FILE
+from postquant.pipeline.progress import NullProgress
+from postquant.pipeline.recover import recover_float_model
+from postquant.pipeline.report import CheckReport, InputReport, Report
+from postquant.pipeline.verify import verify_model
+from postquant.runtime_ops.errors import ModelError, VerificationError
+
+_RANDOM_SAMPLES = 2
+
+
+def verify_folder(
+    folder: pathlib.Path,
+    data: object = None,
+    *,
+    config: QuantConfig | None = None,
+    progress: NullProgress | None = None,
+) -> tuple[CheckReport, ...]:
+    """Verifies a result: digests, then everything of :func:`postquant.pipeline.verify.verify_model`.
+
+    Args:
+        folder: A folder with ``model.onnx``, ``plan.safetensors`` and ``report.json``.
+        data: Samples, in any form that calibration takes; None for seeded random ones in the recorded ranges.
+        config: For its ``samples`` and ``image``.
+        progress: Who is told.
+
+    Returns:
+        Every check with its outcome. Nothing else is looked at when the digests are wrong.
+
+    Raises:
+        ModelError: If the report, the plan or the model cannot be read.
+        CalibrationError: If the data do not fit the model.
+    """
+    progress = progress or NullProgress()
+    report = Report.load(folder / REPORT_FILE)
+    progress.stage("digests")
+    digests = _check_digests(folder, report)
+    if not digests.passed:
+        return (digests,)
+    plan = QuantPlan.load(folder / PLAN_FILE)
+    model = load_model(folder / MODEL_FILE, check=False)
+    progress.stage("verify")
+    if data is None:
+        seed = int(report.settings.get("seed", 0))
+        samples: Sequence[dict[str, npt.NDArray[np.generic]]] = list(random_samples(report.inputs, seed))
+    else:
+        source = open_calibration(data, model, config or QuantConfig())
+        samples = list(source.take(QuantConfig().verify_samples))
+    try:
+        recovered = recover_float_model(model, plan)
+    except VerificationError as error:
+        return (digests, CheckReport(name="the file holds the plan", passed=False, detail=str(error)))
+    verification = verify_model(recovered, folder / MODEL_FILE, plan, samples, strict=False)
+    return (digests, *verification.checks)
+
+
+def _check_digests(folder: pathlib.Path, report: Report) -> CheckReport:
+    wrong = []
+    for name, digest in report.files.items():
+        try:
+            if digest_file(folder / name) != digest:
+                wrong.append(f"{name} is not the file that the report is about")
+        except OSError as error:
+            wrong.append(f"{name}: {error.strerror or error}")
+    unknown = [name for name in (MODEL_FILE, PLAN_FILE) if name not in report.files]
+    wrong += [f"the report has no digest of {name}" for name in unknown]
+    detail = ", ".join(wrong) if wrong else ", ".join(report.files)
+    return CheckReport(name="files are those of the report", passed=not wrong, detail=detail)
+
+
+def random_samples(inputs: Sequence[InputReport], seed: int) -> Iterator[dict[str, npt.NDArray[np.generic]]]:
+    """Seeded random samples in the ranges that calibration saw.
+
+    Raises:
+        ModelError: If the report holds no ranges.
+    """
+    rng = np.random.default_rng(seed)
+    for _ in range(_RANDOM_SAMPLES):
+        sample: dict[str, npt.NDArray[np.generic]] = {}
+        for spec in inputs:
+            if spec.low is None or spec.high is None:
+                raise ModelError("the report holds no range of an input", where=spec.name, hint="give --data")
+            dtype = np.dtype(spec.dtype)
+            if dtype.kind == "f":
+                sample[spec.name] = rng.uniform(spec.low, spec.high, spec.sample_shape).astype(dtype)
+            else:
+                integers = rng.integers(int(spec.low), int(spec.high), spec.sample_shape, endpoint=True)
+                sample[spec.name] = integers.astype(dtype)
+        yield sample

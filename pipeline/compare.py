@@ -23,9 +23,9 @@ from postquant.pipeline.load import load_model
 from postquant.pipeline.measure import SimilarityMeter, jsonable
 from postquant.pipeline.progress import NullProgress
 from postquant.pipeline.qdq_structure import Reading, reading
-from postquant.pipeline.quality import float_session
+from postquant.pipeline.quality import file_bytes, float_session
 from postquant.pipeline.report import OutputReport
-from postquant.pipeline.verify import file_bytes, output_report
+from postquant.pipeline.verify import output_report
 from postquant.runtime_ops.errors import CalibrationError, ModelError, VerificationError
 
 # What quantizers append to a value's name for its dequantized copy.

@@ -31,6 +31,10 @@ _TOKEN = re.compile(r"(_token_\d+)+$")
 _TRANSPORT = frozenset({"Transpose", "Reshape", "ReorderInput", "ReorderOutput", "Identity", "Cast"})
 
 
+# Above this many bytes of weights, onnxruntime keeps no rearranged copy of them; integer results do not change.
+_PREPACKED_BYTES = 256 << 20
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizedGraph:
     """onnxruntime's optimized graph.
@@ -109,7 +113,7 @@ def observed_session(
     outputs = [*own, *(name for name in observed if name not in own)]
     with tempfile.TemporaryDirectory(prefix="postquant-") as folder:
         path = pathlib.Path(folder) / "optimized.onnx"
-        options = session_options(threads=threads)
+        options = session_options(threads=threads, prepack=_weight_bytes(model) <= _PREPACKED_BYTES)
         options.optimized_model_filepath = str(path)
         # The graph is wanted, not the weights: they would not fit into one message.
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
@@ -117,6 +121,10 @@ def observed_session(
         session = make_session(model, outputs=outputs, options=options)
         proto = onnx.load(path, load_external_data=False)
     return session, _read(proto.graph)
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
 
 
 def _read(graph: onnx.GraphProto) -> OptimizedGraph:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from postquant.passes import biases, semantics
 from postquant.passes.plan import QuantPlan
 from postquant.passes.weight_codes import weight_codes
-from postquant.pipeline.qdq_structure import Reading, reading
+from postquant.pipeline.qdq_structure import Reading, reading, release
 from postquant.runtime_ops.integer import Affine
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
@@ -169,6 +169,8 @@ def _weight(
         yield Difference(where, f"channel axis: expected {expected.axis}, found {found.numbers.axis}")
     assert value.const_value is not None
     yield from _same_codes(where, weight_codes(value.const_value, quantizer), found.constant)
+    release(value.const_value)
+    release(found.constant)
 
 
 def _bias(

@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from postquant.passes.fold import fold
 from postquant.passes.inline import inline_functions, note_subgraphs
-from postquant.passes.normalize import FreeInputsPass, fix_names, normalize
+from postquant.passes.normalize import FreeInputsPass, LiftConstantsPass, fix_names, normalize
 from postquant.passes.opset import LEAST_OPSET, WANTED_OPSET, opset_of, raise_opset
 from postquant.passes.session import make_session
 from postquant.passes.simplify import needs_onnxsim, run_onnxscript, run_onnxsim
@@ -127,6 +127,7 @@ def prepare(
     start = model.clone()
     notes.extend(_free_inputs(start))
     fix_names(start)
+    LiftConstantsPass()(start)  # so that weights in Constant nodes are set aside like any others
     # A library may bring kernels for operators that are functions too; which ones, only it knows.
     keep = frozenset(function.domain for function in start.functions.values()) if libraries else frozenset()
     notes.extend(inline_functions(start, keep_domains=keep))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,3 +107,13 @@ def weight_bytes(model: ir.Model) -> int:
     """Bytes of all initializers, each tensor counted once."""
     tensors = {id(v.const_value): v.const_value for v in model.graph.initializers.values()}
     return sum(tensor.nbytes for tensor in tensors.values() if tensor is not None)
+
+
+def file_bytes(path: pathlib.Path, model: ir.Model) -> int:
+    """Bytes of a model file and of its external data files."""
+    locations = {
+        os.path.join(tensor.base_dir, tensor.location)
+        for value in model.graph.initializers.values()
+        if isinstance(tensor := value.const_value, ir.ExternalTensor)
+    }
+    return path.stat().st_size + sum(os.stat(location).st_size for location in locations)

@@ -20,7 +20,7 @@ from postquant.passes.plan import QuantPlan
 from postquant.passes.weight_codes import weight_codes
 from postquant.pipeline.kernels import OptimizedGraph
 from postquant.pipeline.plan_check import bias_numbers, input_quantizer, integer_codes, weight_numbers
-from postquant.pipeline.qdq_structure import reading
+from postquant.pipeline.qdq_structure import reading, release
 from postquant.pipeline.stored import Stored, biased_product, find_stored, moved_float
 from postquant.runtime_ops.integer import Affine, Prediction, quantized
 from postquant.runtime_ops.kernel_laws import Operand, predict
@@ -67,6 +67,9 @@ class Simulation:
             law = quantized(np.asarray(feeds[tensor.source]), out)
         else:
             law = self._law(tensor, arrays, out, optimized)
+            for node in (tensor.node, biased_product(tensor.node)):
+                for value in () if node is None else node.inputs:
+                    release(None if value is None else value.const_value)
         return None if law is None else self.limited(tensor, law)
 
     def limited(self, tensor: Stored, law: Prediction) -> Prediction:
@@ -102,6 +105,9 @@ class Simulation:
         behind = moved_float(node, self._emitted.get(node.name))
         if behind is not None:
             return self._moved(tensor, behind, arrays, out, optimized)
+        if node.op_type == "Reshape" and node.inputs[0] is not None:
+            codes = self._operand(node, 0, node.inputs[0], written, arrays)
+            return None if codes is None else self._reshaped(tensor, quantized(codes.real, out), arrays)
         operands: list[Operand | None] = []
         for index, value in enumerate(node.inputs):
             if value is None:
@@ -130,22 +136,31 @@ class Simulation:
         law = self._law(inner, arrays, out, optimized)
         if law is None:
             return None
-        slack = np.broadcast_to(np.asarray(law.slack), law.codes.shape)
-        if node.op_type == "Reshape" and self._whole[tensor.codes] is tensor:
-            # The order of elements is all that matters; the shape may be computed at run time.
-            shape = arrays[tensor.codes].shape
-            if law.codes.size != arrays[tensor.codes].size:
-                return None
-            return Prediction(law.codes.reshape(shape), law.value.reshape(shape), slack.reshape(shape))
+        if node.op_type == "Reshape":
+            return self._reshaped(tensor, law, arrays)
         if not all(v is None or semantics.is_constant(v) for v in node.inputs[1:]):
             return None
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         constants = [None if (v is None or v.const_value is None) else v.const_value.numpy() for v in node.inputs[1:]]
+        slack = np.broadcast_to(np.asarray(law.slack), law.codes.shape)
         codes, moved, slack = (
             evaluate(node.op_type, attributes, [np.ascontiguousarray(array), *constants], self._opset)[0]
             for array in (law.codes, law.value, slack)
         )
         return Prediction(codes, moved, slack)
+
+    def _reshaped(self, tensor: Stored, law: Prediction, arrays: Arrays) -> Prediction | None:
+        """The prediction in the shape of the stored tensor: Reshape keeps the order of elements.
+
+        Its shape may be computed at run time, so that of the stored tensor is taken; a Reshape in front of other moving
+        nodes has no law.
+        """
+        observed = arrays[tensor.codes]
+        if self._whole[tensor.codes] is not tensor or observed.size != law.codes.size:
+            return None
+        shape = observed.shape
+        slack = np.broadcast_to(np.asarray(law.slack), law.codes.shape)
+        return Prediction(law.codes.reshape(shape), law.value.reshape(shape), slack.reshape(shape))
 
     def _biased_product(
         self, tensor: Stored, product: ir.Node, arrays: Arrays, out: Affine, optimized: OptimizedGraph

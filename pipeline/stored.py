@@ -1,7 +1,7 @@
 """Which tensors a quantized model stores as codes, and where they come from: :func:`find_stored`.
 
-Node names connect the emitted model with the float model; the nodes QuantizeLinear, Clip and DequantizeLinear in between
-tell where the codes are.
+Node names connect the emitted model with the float model; the nodes QuantizeLinear, Clip and DequantizeLinear in
+between tell where the codes are.
 """
 
 from __future__ import annotations

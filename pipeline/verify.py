@@ -18,7 +18,7 @@ import dataclasses
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,13 @@ import onnx
 import onnx_ir as ir
 
 from postquant.passes.plan import QuantPlan
-from postquant.passes.session import first_sentence
+from postquant.passes.session import Session, first_sentence
 from postquant.pipeline.integer_check import TensorAgreement, check_integers
 from postquant.pipeline.kernels import Coverage, integer_coverage, observed_session
 from postquant.pipeline.load import load_model, save_model
 from postquant.pipeline.measure import Similarity, SimilarityMeter, jsonable
 from postquant.pipeline.plan_check import differences
-from postquant.pipeline.quality import TensorQuality, float_session, stored_tensor_quality, weight_bytes
+from postquant.pipeline.quality import TensorQuality, file_bytes, float_session, stored_tensor_quality, weight_bytes
 from postquant.pipeline.report import CheckReport, OutputReport
 from postquant.pipeline.simulate import Simulation
 from postquant.runtime_ops.errors import ModelError, VerificationError
@@ -115,7 +115,8 @@ def verify_model(
         float_model: The simplified model that the plan is about.
         emitted: The quantized model, or its file.
         plan: The plan that it was emitted from.
-        samples: Feeds, at least one; all of them measure the outputs. They are read once, in order.
+        samples: Feeds, at least one; all of them measure the outputs. They are iterated twice, in order: a list or a
+            CalibrationSource.
         integer_samples: How many of them are compared integer by integer.
         tensor_samples: How many of them measure the stored tensors.
         threads: Threads within one operator.
@@ -126,6 +127,8 @@ def verify_model(
         VerificationError: If a check fails and ``strict`` is set, or if there is no sample.
         ModelError: If the file cannot be read.
     """
+    if isinstance(samples, Iterator):
+        samples = list(samples)
     with tempfile.TemporaryDirectory(prefix="postquant-") as folder:
         if isinstance(emitted, ir.Model):
             path = pathlib.Path(folder) / "model.onnx"
@@ -152,6 +155,7 @@ class _Verifier:
     ) -> None:
         self.float_model, self.model, self.plan, self.path = float_model, model, plan, path
         self.threads, self.reference = threads, reference
+        self.count = 0
         self.checks: list[CheckReport] = []
         self.notes: list[str] = []
 
@@ -174,34 +178,8 @@ class _Verifier:
         coverage = integer_coverage(self.model, optimized)
         self.check("float nodes stay float", self._float_problem(coverage))
 
-        held: list[Feed] = []
-        meters = {name: SimilarityMeter() for name in deployed.output_names}
-        reference = float_session(self.reference, threads=self.threads)
-        names = dict(zip(deployed.output_names, reference.output_names, strict=True))
-        first_outputs: list[dict[str, npt.NDArray[Any]]] = []
-        not_finite: str | None = None
-        count = 0
-        for feed in samples:
-            got, wanted = deployed.run(feed), reference.run(feed)
-            for name, array in got.items():
-                if array.shape != wanted[names[name]].shape:
-                    shapes = f"{array.shape} instead of {wanted[names[name]].shape}"
-                    not_finite = not_finite or f"output {name} has shape {shapes}"
-                    continue
-                if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-                    not_finite = not_finite or f"output {name} is not finite on sample {count}"
-                meters[name].add(wanted[names[name]], array)
-            if count < max(integer_samples, tensor_samples):
-                held.append(feed)
-            if count < integer_samples:
-                first_outputs.append(got)
-            count += 1
-        if not count:
-            raise VerificationError("there is no sample to verify the model with", hint="give at least one")
-        # Each session may hold a second copy of the weights: never more than two at a time.
-        del reference, deployed
-        self.check("outputs have the float model's shapes and are finite", not_finite, f"{count} samples")
-
+        outputs, held, first_outputs = self._measure(samples, deployed, integer_samples, tensor_samples)
+        del deployed  # a session may hold a second copy of the weights: never more than one at a time
         simulation = Simulation(self.float_model, self.model, self.plan)
         integers = check_integers(
             self.model, simulation, held[:integer_samples], first_outputs, deployed=optimized, threads=self.threads
@@ -212,16 +190,49 @@ class _Verifier:
         quality = stored_tensor_quality(
             self.float_model, self.model, simulation.stored, held[:tensor_samples], threads=self.threads
         )
-        outputs = tuple(output_report(name, meter.result()) for name, meter in meters.items())
         return self._result(
             tensors=integers.tensors,
             quality=quality,
             outputs=outputs,
             kernels=dict(optimized.counts),
             coverage=coverage,
-            integer=min(count, integer_samples),
-            measured=count,
+            integer=min(self.count, integer_samples),
+            measured=self.count,
         )
+
+    def _measure(
+        self, samples: Iterable[Feed], deployed: Session, integer_samples: int, tensor_samples: int
+    ) -> tuple[tuple[OutputReport, ...], list[Feed], list[dict[str, npt.NDArray[Any]]]]:
+        """Runs all samples: the quality of the outputs, and the first samples with the outputs of the first of them."""
+        held: list[Feed] = []
+        first: list[dict[str, npt.NDArray[Any]]] = []
+        problem: str | None = None
+        with tempfile.TemporaryFile(prefix="postquant-") as spool:
+            for feed in samples:
+                got = deployed.run(feed)
+                for name in deployed.output_names:
+                    np.save(spool, got[name], allow_pickle=False)
+                if self.count < max(integer_samples, tensor_samples):
+                    held.append(feed)
+                if self.count < integer_samples:
+                    first.append(got)
+                self.count += 1
+            if not self.count:
+                raise VerificationError("there is no sample to verify the model with", hint="give at least one")
+            spool.seek(0)
+            meters = {name: SimilarityMeter() for name in deployed.output_names}
+            reference = float_session(self.reference, threads=self.threads)
+            names = dict(zip(deployed.output_names, reference.output_names, strict=True))
+            for index, feed in zip(range(self.count), samples, strict=False):
+                wanted = reference.run(feed)
+                for name, meter in meters.items():
+                    array = np.load(spool, allow_pickle=False)
+                    found = _output_problem(name, index, wanted[names[name]], array)
+                    if found is None or array.shape == wanted[names[name]].shape:
+                        meter.add(wanted[names[name]], array)
+                    problem = problem or found
+        self.check("outputs have the float model's shapes and are finite", problem, f"{self.count} samples")
+        return tuple(output_report(name, meter.result()) for name, meter in meters.items()), held, first
 
     def _plan_problem(self) -> str | None:
         found = []
@@ -266,14 +277,14 @@ def output_report(name: str, similarity: Similarity) -> OutputReport:
     )
 
 
-def file_bytes(path: pathlib.Path, model: ir.Model) -> int:
-    """Bytes of a model file and of its external data files."""
-    locations = {
-        os.path.join(tensor.base_dir, tensor.location)
-        for value in model.graph.initializers.values()
-        if isinstance(tensor := value.const_value, ir.ExternalTensor)
-    }
-    return path.stat().st_size + sum(os.stat(location).st_size for location in locations)
+def _output_problem(
+    name: str, index: int, wanted: npt.NDArray[Any], got: npt.NDArray[Any]
+) -> str | None:
+    if got.shape != wanted.shape:
+        return f"output {name} has shape {list(got.shape)} on sample {index}, the float model's {list(wanted.shape)}"
+    if np.issubdtype(got.dtype, np.floating) and np.isfinite(wanted).all() and not np.isfinite(got).all():
+        return f"output {name} is not finite on sample {index}"
+    return None
 
 
 def _checker_problem(path: pathlib.Path) -> str | None:

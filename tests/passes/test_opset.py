@@ -164,3 +164,21 @@ def test_old_opset_stays_with_a_note_where_no_conversion_exists() -> None:
 def test_opset_without_quantization_is_an_error() -> None:
     with pytest.raises(ModelError, match=r"the operator set 11 of the model cannot be raised to 17: found .*; export"):
         raise_opset(unconvertible(11), 17)
+
+
+def test_bodies_of_control_flow_are_converted_too() -> None:
+    text = """
+        <ir_version: 6, opset_import: ["" : 11]>
+        g (float[N,4] x, bool c) => (float[a,b] y) {
+            y = If (c) <
+                then_branch = t () => (float[a,b] p) { u = Unsqueeze <axes = [1]> (x) p = Squeeze <axes = [1]> (u) },
+                else_branch = e () => (float[a,b] q) { q = Softmax (x) }
+            >
+        }
+    """
+    after = raise_opset(ir.from_onnx_text(text), 17).model
+    assert opset_of(after) == 17
+    for choice in (True, False):
+        feeds = {"x": np.ones((2, 4), np.float32), "c": np.array(choice)}
+        before = make_session(ir.from_onnx_text(text)).run(feeds)["y"]
+        np.testing.assert_array_equal(make_session(after).run(feeds)["y"], before)

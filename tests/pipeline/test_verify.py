@@ -15,6 +15,7 @@ import pytest
 
 from postquant.passes.place import Override, PlacementSettings
 from postquant.passes.plan import QuantPlan
+from postquant.passes.target import WeightStorage
 from postquant.pipeline.qdq_structure import reading
 from postquant.pipeline.save import save_model
 from postquant.pipeline.verify import Verification, verify_model
@@ -73,6 +74,17 @@ def test_fewer_bits(cases: Any, wbits: int, abits: int) -> None:
     result = verify_model(case.model, case.emitted, case.plan, case.samples)
     assert any(t.op_type == "requantize" for t in result.tensors) == (abits < 8)
     assert sum(t.mismatches for t in result.tensors) == 0
+
+
+def test_int4_storage_runs_in_float(cases: Any) -> None:
+    case = cases.build(
+        cases.cnn.replace('["" : 17]', '["" : 21]'),
+        settings=PlacementSettings(wbits=4),
+        weight_storage=WeightStorage.INT4,
+    )
+    result = verify_model(case.model, case.emitted, case.plan, case.samples)
+    assert result.coverage.floating  # onnxruntime does not fuse 4-bit weights
+    assert {t.law for t in result.tensors} == {"kernel"}
 
 
 def test_a_file_is_verified_where_it_lies(cnn: Any, tmp_path: pathlib.Path) -> None:
@@ -224,3 +236,9 @@ def test_a_model_that_onnxruntime_refuses(cnn: Any) -> None:
 def test_no_sample(cnn: Any) -> None:
     with pytest.raises(VerificationError, match="no sample"):
         verify_model(cnn.model, cnn.emitted, cnn.plan, [])
+
+
+def test_samples_from_a_generator(cnn: Any) -> None:
+    result = verify_model(cnn.model, cnn.emitted, cnn.plan, (feed for feed in cnn.samples))
+    assert result == verify_model(cnn.model, cnn.emitted, cnn.plan, cnn.samples)
+    assert result.quality_samples == 3

@@ -11,9 +11,15 @@ others to compensate for them. The scale stays; the caller keeps the result only
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
+
+from postquant.calib.layers import Layer
+from postquant.calib.weight_search import WeightProblem, quantize_matrix
+from postquant.runtime_ops.quantizer import SMALLEST_SCALE, TensorQuantizer
 
 FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
@@ -61,3 +67,36 @@ def compensated_codes(
         if end < depth:
             work[:, end:] -= np.matmul(factor[:, begin:end, end:].transpose(0, 2, 1), errors)
     return np.take_along_axis(codes, inverse_order[:, :, np.newaxis], axis=1)
+
+
+def compensate(layer: Layer, problem: WeightProblem, quantizer: TensorQuantizer) -> TensorQuantizer:
+    """Rounds with compensation and refits the scale, in every output channel where that lowers the output error.
+
+    Args:
+        layer: The layer.
+        problem: Its weights and moments.
+        quantizer: The searched quantizer; its scales are the start.
+
+    Returns:
+        A quantizer with explicit codes; never worse than the given one on the moments.
+    """
+    spec = quantizer.spec
+    scale = np.ascontiguousarray(layer.per_output(quantizer.scale), np.float32)
+    if quantizer.codes is None:
+        nearest = quantize_matrix(problem.matrix, scale, spec.qmin, spec.qmax)
+    else:
+        nearest = layer.matrix(quantizer.codes).astype(np.float32)
+    codes = compensated_codes(problem.matrix, scale, problem.moments.square, spec.qmin, spec.qmax)
+    new_scale = scale
+    if spec.axis is not None:
+        inner, norm = problem.products(codes * scale)
+        gain = np.where((inner > 0) & (norm > 0), inner / np.maximum(norm, 1e-300), 1.0)
+        new_scale = np.maximum(scale * np.clip(gain, 0.5, 2.0)[:, np.newaxis].astype(np.float32), SMALLEST_SCALE)
+    better = problem.error(codes * new_scale) < problem.error(nearest * scale)
+    if spec.axis is None:
+        better = np.full_like(better, problem.error(codes * scale).sum() < problem.error(nearest * scale).sum())
+    chosen = np.where(better[:, np.newaxis], codes, nearest)
+    if spec.axis is not None:
+        scales = layer.per_scale(np.where(better[:, np.newaxis], new_scale, scale))
+        quantizer = dataclasses.replace(quantizer, scale=scales)
+    return dataclasses.replace(quantizer, codes=layer.tensor(chosen).astype(spec.container))

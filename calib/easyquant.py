@@ -26,16 +26,21 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from postquant.calib.activation_search import Reader, search_activation
+from postquant.calib.compensated_rounding import compensate
 from postquant.calib.layers import Layer, layers_of
 from postquant.calib.moments import Moments, MomentSums
 from postquant.calib.prefix import Prefix
-from postquant.calib.weight_search import SearchOptions, search_weight
+from postquant.calib.weight_search import SearchOptions, problem_of, search_weight
 from postquant.passes import semantics
 from postquant.passes.plan import QuantPlan
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 FloatArray = npt.NDArray[np.float32]
 Progress = Callable[[], None]
+
+# Alternations beyond this have not been seen; the bound makes the loop finite.
+_MOST_ROUNDS = 8
+_SCALE_MOVED = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,7 @@ class WorkLimits:
         seed: Of the sampled positions.
     """
 
-    positions_per_sample: int = 196
+    positions_per_sample: int = 64
     search_samples: int = 64
     search_rows: int = 512
     max_depth: int = 2048
@@ -125,6 +130,7 @@ class EasyQuant:
         options: Of the scale search.
         limits: How much data it sees.
         search_activations: Whether activation scales may move; weights only otherwise.
+        compensate: Whether weights are rounded with error compensation where that lowers the output error.
     """
 
     def __init__(
@@ -135,12 +141,14 @@ class EasyQuant:
         limits: WorkLimits,
         *,
         search_activations: bool = True,
+        compensate: bool = True,
     ) -> None:
         self._model = model
         self._prefix = prefix
         self._options = options
         self._limits = limits
         self._search_activations = search_activations
+        self._compensate = compensate
 
     def run(self, plan: QuantPlan, progress: Progress | None = None) -> EasyQuantResult:
         """Searches every layer.
@@ -172,101 +180,63 @@ class EasyQuant:
         self, plan: QuantPlan, done: QuantPlan, site: _Site, before: Sequence[str], means: dict[str, FloatArray]
     ) -> tuple[QuantPlan, list[LayerChange]]:
         start = _quantizer(plan, site)
-        store = plan.activations[site.tensor] if site.key is not None else None
-        stored = store if isinstance(store, TensorQuantizer) else None
-        inputs = list(dict.fromkeys(layer.input for layer in site.layers))
         weights = {layer.name: _float_weight(self._model, layer) for layer in site.layers}
-        sample = self._sample_rows(done, site, inputs, stored)
+        data = self._collect(plan, done, site, before)
+        starts = {layer.name: _weight_quantizer(plan, layer) for layer in site.layers}
+        limit = self._options.rounds if self._options.rounds is not None else _MOST_ROUNDS
         quantizer, rounds, before_score, after_score = start, 0, 0.0, 0.0
-        current = {layer.name: _weight_quantizer(plan, layer) for layer in site.layers}
-        limit = self._options.rounds if self._options.rounds is not None else 8
+        current = dict(starts)
         while rounds < limit:
             rounds += 1
             for layer in site.layers:
-                moments = _moments_of_rows(layer, sample[layer.name], quantizer)
+                moments = data.moments(layer, quantizer)
                 current[layer.name] = search_weight(
-                    layer, weights[layer.name], _weight_quantizer(plan, layer), moments, self._options
+                    layer, weights[layer.name], starts[layer.name], moments, self._options
                 )
             if not self._search_activations:
                 break
-            readers = [self._reader(layer, sample[layer.name], current[layer.name], weights[layer.name]) for layer in site.layers]
-            found, score, at_start = search_activation(quantizer, readers, self._options)
+            readers = [self._reader(layer, data, current[layer.name], weights[layer.name]) for layer in site.layers]
+            found, after_score, at_start = search_activation(quantizer, readers, self._options)
             before_score = at_start if rounds == 1 else before_score
-            after_score = score
-            unchanged = found is quantizer
-            quantizer = found
-            if unchanged:
+            if found is quantizer:
                 break
+            quantizer = found
         plan = _with_quantizer(plan, site, quantizer)
-        exact = self._final_weights(plan, done, site, inputs, stored, quantizer, weights, current, means, before)
         for layer in site.layers:
-            plan = plan.with_weight(layer.weight, current[layer.name])
+            means[layer.name] = data.float_mean(layer)
+            chosen = current[layer.name]
+            if self._compensate:
+                problem = problem_of(layer, weights[layer.name], data.moments(layer, quantizer), self._options)
+                chosen = compensate(layer, problem, chosen)
+            plan = plan.with_weight(layer.weight, chosen)
         ratio = float(quantizer.scale / start.scale)
         return plan, [
-            LayerChange(layer.name, ratio, before_score, after_score, exact[layer.name], rounds) for layer in site.layers
+            LayerChange(layer.name, ratio, before_score, after_score, data.exact[layer.name], rounds)
+            for layer in site.layers
         ]
 
-    def _sample_rows(
-        self, done: QuantPlan, site: _Site, inputs: Sequence[str], stored: TensorQuantizer | None
-    ) -> dict[str, _Rows]:
-        """Rows of a part of the samples, for the alternation."""
-        collected: dict[str, list[tuple[FloatArray, FloatArray]]] = {layer.name: [] for layer in site.layers}
-        count = min(self._limits.search_samples, self._prefix.samples)
-        per_sample = max(self._limits.search_rows // count, 1)
-        stream = self._prefix.stream(done, inputs, limit=self._limits.search_samples)
-        for index, (exact, quantized) in enumerate(stream):
+    def _collect(self, plan: QuantPlan, done: QuantPlan, site: _Site, before: Sequence[str]) -> _SiteData:
+        """One pass over all samples: moments at the start's scale, and rows of a part of the samples."""
+        limits = self._limits
+        entry = plan.activations[site.tensor] if site.key is not None else None
+        stored = entry if isinstance(entry, TensorQuantizer) else None
+        data = _SiteData(site.layers, _quantizer(plan, site), limits)
+        inputs = list(dict.fromkeys(layer.input for layer in site.layers))
+        for index, (exact, quantized) in enumerate(self._prefix.stream(done, inputs, decided=before)):
             for layer in site.layers:
-                x, x_quantized = exact[layer.input], quantized[layer.input]
+                x = quantized[layer.input]
+                positions = _positions(layer, x.shape, limits.positions_per_sample, limits.seed, index)
+                rows = layer.rows(x, positions)
                 if stored is not None:
-                    x_quantized = stored.simulate(x_quantized)
-                chosen = _positions(layer, x.shape, per_sample, self._limits.seed, index)
-                collected[layer.name].append((layer.rows(x, chosen), layer.rows(x_quantized, chosen)))
-        return {name: _Rows.of(parts) for name, parts in collected.items()}
+                    rows = stored.simulate(rows)
+                float_rows = None if exact is None else layer.rows(exact[layer.input], positions)
+                data.add(layer, rows, float_rows, complete=positions is None)
+        return data
 
-    def _final_weights(
-        self,
-        plan: QuantPlan,
-        done: QuantPlan,
-        site: _Site,
-        inputs: Sequence[str],
-        stored: TensorQuantizer | None,
-        quantizer: TensorQuantizer,
-        weights: Mapping[str, FloatArray],
-        current: dict[str, TensorQuantizer],
-        means: dict[str, FloatArray],
-        before: Sequence[str],
-    ) -> dict[str, bool]:
-        """Weights once more, by all samples; returns which layers' moments covered every position."""
-        small = [layer for layer in site.layers if layer.depth <= self._limits.max_depth]
-        sums = {layer.name: MomentSums(layer.groups, layer.depth) for layer in small}
-        totals = {layer.name: np.zeros((layer.groups, layer.depth)) for layer in site.layers}
-        counts = dict.fromkeys(totals, 0)
-        exact = dict.fromkeys(totals, True)
-        for index, (x_all, q_all) in enumerate(self._prefix.stream(done, inputs, decided=before)):
-            for layer in site.layers:
-                x, x_quantized = x_all[layer.input], q_all[layer.input]
-                if layer.positions(x.shape) > self._limits.positions_per_sample or layer not in small:
-                    exact[layer.name] = False
-                chosen = _positions(layer, x.shape, self._limits.positions_per_sample, self._limits.seed, index)
-                rows = layer.rows(x, chosen)
-                totals[layer.name] += rows.sum(0, dtype=np.float64)
-                counts[layer.name] += len(rows)
-                if layer in small:
-                    rows_quantized = layer.rows(x_quantized, chosen)
-                    if stored is not None:
-                        rows_quantized = stored.simulate(rows_quantized)
-                    sums[layer.name].update(rows, quantizer.simulate(rows_quantized))
-        for layer in site.layers:
-            means[layer.name] = (totals[layer.name] / max(counts[layer.name], 1)).astype(np.float32)
-            if layer in small:
-                current[layer.name] = search_weight(
-                    layer, weights[layer.name], _weight_quantizer(plan, layer), sums[layer.name].result(), self._options
-                )
-        return exact
-
-    def _reader(self, layer: Layer, rows: _Rows, quantizer: TensorQuantizer, weight: FloatArray) -> Reader:
+    def _reader(self, layer: Layer, data: _SiteData, quantizer: TensorQuantizer, weight: FloatArray) -> Reader:
         matrix = layer.matrix(quantizer.simulate(weight)).astype(np.float32)
-        target = np.matmul(rows.exact.transpose(1, 0, 2), layer.matrix(weight)).transpose(1, 0, 2)
+        exact, quantized, starts = data.search_rows(layer)
+        target = np.matmul(exact.transpose(1, 0, 2), layer.matrix(weight)).transpose(1, 0, 2)
         bounds = _following_bounds(layer)
         bias = None
         if bounds is not None and layer.bias is not None:
@@ -274,32 +244,66 @@ class EasyQuant:
             assert value is not None and value.const_value is not None
             bias = value.const_value.numpy().astype(np.float32).reshape(layer.groups, -1)
             target = np.clip(target + bias, *bounds)
-        return Reader(layer, target, rows.quantized, rows.starts, matrix, bounds if bias is not None else None, bias)
+        return Reader(layer, target, quantized, starts, matrix, bounds if bias is not None else None, bias)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Rows:
-    """Rows of several samples: (P, G, K) in float and behind the prefix, and where each sample starts."""
+class _SiteData:
+    """What one pass over the samples leaves for the layers of a site."""
 
-    exact: FloatArray
-    quantized: FloatArray
-    starts: npt.NDArray[np.int64]
+    def __init__(self, layers: Sequence[Layer], quantizer: TensorQuantizer, limits: WorkLimits) -> None:
+        self.exact = {layer.name: True for layer in layers}
+        self._quantizer = quantizer
+        self._limits = limits
+        self._sums = {
+            layer.name: MomentSums(layer.groups, layer.depth) for layer in layers if layer.depth <= limits.max_depth
+        }
+        self._moments: dict[str, Moments] = {}
+        self._rows: dict[str, list[tuple[FloatArray, FloatArray]]] = {layer.name: [] for layer in layers}
+        self._total = {layer.name: np.zeros((layer.groups, layer.depth)) for layer in layers}
+        self._count = dict.fromkeys(self._total, 0)
 
-    @classmethod
-    def of(cls, parts: Sequence[tuple[FloatArray, FloatArray]]) -> _Rows:
-        filled = [part for part in parts if len(part[0])]
-        lengths = [len(part[0]) for part in filled]
-        return cls(
-            np.concatenate([part[0] for part in filled]),
-            np.concatenate([part[1] for part in filled]),
-            np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64),
-        )
+    def add(self, layer: Layer, rows: FloatArray, float_rows: FloatArray | None, *, complete: bool) -> None:
+        """Adds the rows of one sample: behind the quantized prefix and, for some samples, in float."""
+        name = layer.name
+        self.exact[name] &= complete and name in self._sums
+        if name in self._sums:
+            self._sums[name].update(self._quantizer.simulate(rows))
+        if float_rows is not None and len(rows):
+            self._total[name] += float_rows.sum(0, dtype=np.float64)
+            self._count[name] += len(float_rows)
+            few = max(self._limits.search_rows // self._limits.search_samples, 1)
+            spread = np.arange(min(few, len(rows))) * len(rows) // min(few, len(rows))
+            self._rows[name].append((float_rows[spread], rows[spread]))
 
+    def moments(self, layer: Layer, quantizer: TensorQuantizer) -> Moments:
+        """Moments over all samples; over the search rows for a layer too deep.
 
-def _moments_of_rows(layer: Layer, rows: _Rows, quantizer: TensorQuantizer) -> Moments:
-    sums = MomentSums(layer.groups, layer.depth)
-    sums.update(rows.exact, quantizer.simulate(rows.quantized))
-    return sums.result()
+        They were taken at the start's activation scale. Another scale changes the rounding noise in them, which
+        matters little to a weight; the search rows take its place when the scale moved by more than a tenth.
+        """
+        name = layer.name
+        moved = abs(float(quantizer.scale / self._quantizer.scale) - 1.0) > _SCALE_MOVED
+        if name in self._sums and not (moved and self._enough_rows(layer)):
+            if name not in self._moments:
+                self._moments[name] = self._sums[name].result()
+            return self._moments[name]
+        sums = MomentSums(layer.groups, layer.depth)
+        sums.update(quantizer.simulate(self.search_rows(layer)[1]))
+        return sums.result()
+
+    def _enough_rows(self, layer: Layer) -> bool:
+        return sum(len(part[0]) for part in self._rows[layer.name]) >= 8 * layer.depth
+
+    def search_rows(self, layer: Layer) -> tuple[FloatArray, FloatArray, npt.NDArray[np.int64]]:
+        """(P, G, K) rows in float and behind the prefix, and where each sample starts."""
+        parts = self._rows[layer.name]
+        lengths = [len(part[0]) for part in parts]
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]), starts
+
+    def float_mean(self, layer: Layer) -> FloatArray:
+        """(G, K) mean of the float rows."""
+        return (self._total[layer.name] / max(self._count[layer.name], 1)).astype(np.float32)
 
 
 def _positions(layer: Layer, shape: Sequence[int], limit: int, seed: int, index: int) -> npt.NDArray[np.int64] | None:

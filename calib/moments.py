@@ -1,16 +1,12 @@
 """Streaming second moments of a layer's inputs: the exact output error of any weight, with no activation stored.
 
-With rows ``x`` (float network) and ``x~`` (quantized network, through the layer's activation quantizer), centred by
-their means when the bias will be corrected,
+With rows ``x`` that reach the layer through the quantized network and its own activation quantizer, ``H = mean x' x``
+(the covariance, when the bias takes care of the mean) gives for weights ``w~`` in place of ``w``, per output channel,
 
-    C = sum x~' x        B = sum x~' x~
+    |o~ - o|^2 = (w~ - w)' H (w~ - w)      <o~, o> = w~' H w      |o~|^2 = w~' H w~
 
-the output of weights ``w~`` against the float layer's ``w`` has, per output channel,
-
-    <o~, o>  = w~' C w       <o~, o~> = w~' B w~
-
-up to constants, so that every candidate weight is judged over ALL samples and positions at the cost of two K x K
-matrices (K x K per group for grouped convolutions, so 9 x 9 for a depthwise 3 x 3).
+so that every candidate weight is judged over ALL samples at the cost of one K x K matrix (one per group for grouped
+convolutions: 9 x 9 for a depthwise 3 x 3).
 """
 
 from __future__ import annotations
@@ -23,36 +19,32 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
 
+# Rows are gathered until so many wait: one product of large matrices instead of many of small ones.
+_CHUNK_ROWS = 512
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moments:
-    """Sums over rows, divided by their number.
+    """Means over rows.
 
     Attributes:
         rows: Number of rows.
-        mean: (G, K) mean of the float rows.
-        mean_quantized: (G, K) mean of the quantized rows.
-        cross: (G, K, K) mean of ``x~' x``.
-        auto: (G, K, K) mean of ``x~' x~``.
+        mean: (G, K) mean of ``x``.
+        square: (G, K, K) mean of ``x' x``.
     """
 
     rows: int
     mean: DoubleArray
-    mean_quantized: DoubleArray
-    cross: DoubleArray
-    auto: DoubleArray
+    square: DoubleArray
 
     def centred(self) -> Moments:
         """Covariances instead of second moments: what remains after the bias has removed the mean error."""
-        return dataclasses.replace(
-            self,
-            cross=self.cross - self.mean_quantized[:, :, np.newaxis] * self.mean[:, np.newaxis, :],
-            auto=self.auto - self.mean_quantized[:, :, np.newaxis] * self.mean_quantized[:, np.newaxis, :],
-        )
+        outer = self.mean[:, :, np.newaxis] * self.mean[:, np.newaxis, :]
+        return dataclasses.replace(self, square=self.square - outer)
 
 
 class MomentSums:
-    """Accumulates :class:`Moments`; any split of the rows gives the same result up to float64 rounding.
+    """Accumulates :class:`Moments`.
 
     Args:
         groups: G.
@@ -62,28 +54,29 @@ class MomentSums:
     def __init__(self, groups: int, depth: int) -> None:
         self._rows = 0
         self._mean = np.zeros((groups, depth))
-        self._mean_quantized = np.zeros((groups, depth))
-        self._cross = np.zeros((groups, depth, depth))
-        self._auto = np.zeros((groups, depth, depth))
+        self._square = np.zeros((groups, depth, depth))
+        self._waiting: list[FloatArray] = []
+        self._waiting_rows = 0
 
-    def update(self, x: FloatArray, quantized: FloatArray) -> None:
-        """Adds rows.
+    def update(self, rows: FloatArray) -> None:
+        """Adds (P, G, K) rows."""
+        self._waiting.append(rows)
+        self._waiting_rows += len(rows)
+        if self._waiting_rows >= _CHUNK_ROWS:
+            self._add()
 
-        Args:
-            x: (P, G, K) rows of the float network.
-            quantized: (P, G, K) the same rows of the quantized network.
-        """
-        self._rows += len(x)
-        self._mean += x.sum(0, dtype=np.float64)
-        self._mean_quantized += quantized.sum(0, dtype=np.float64)
-        by_group = np.ascontiguousarray(x.transpose(1, 0, 2))
-        by_group_quantized = np.ascontiguousarray(quantized.transpose(1, 2, 0))
-        self._cross += np.matmul(by_group_quantized, by_group)
-        self._auto += np.matmul(by_group_quantized, by_group_quantized.transpose(0, 2, 1))
+    def _add(self) -> None:
+        if not self._waiting:
+            return
+        rows = np.concatenate(self._waiting)
+        self._waiting, self._waiting_rows = [], 0
+        self._rows += len(rows)
+        self._mean += rows.sum(0, dtype=np.float64)
+        by_group = np.ascontiguousarray(rows.transpose(1, 2, 0))
+        self._square += np.matmul(by_group, by_group.transpose(0, 2, 1))
 
     def result(self) -> Moments:
         """The moments of the rows so far."""
-        n = max(self._rows, 1)
-        return Moments(
-            self._rows, self._mean / n, self._mean_quantized / n, self._cross / n, self._auto / n
-        )
+        self._add()
+        count = max(self._rows, 1)
+        return Moments(self._rows, self._mean / count, self._square / count)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from postquant.calib.source import CalibrationSource
+from postquant.passes.biases import fit_biases
 from postquant.passes.emit import emit
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import make_session
@@ -52,10 +54,19 @@ class Prefix:
         model: The simplified float model.
         source: Calibration data.
         folder: Existing folder for temporary files.
+        float_samples: How many samples, evenly spaced, go through the float network as well.
         threads: Threads of onnxruntime.
     """
 
-    def __init__(self, model: ir.Model, source: CalibrationSource, folder: pathlib.Path, *, threads: int = 1) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        source: CalibrationSource,
+        folder: pathlib.Path,
+        *,
+        float_samples: int = 64,
+        threads: int = 1,
+    ) -> None:
         self._model = model
         self._source = source
         self._folder = folder
@@ -63,6 +74,8 @@ class Prefix:
         self._float = _Side()
         self._quantized = _Side()
         self._number = 0
+        # The first sample is always among them: it tells the size of a cut.
+        self._float_samples = frozenset(spaced(len(source), float_samples))
 
     @property
     def samples(self) -> int:
@@ -70,8 +83,8 @@ class Prefix:
         return len(self._source)
 
     def stream(
-        self, plan: QuantPlan, tensors: Sequence[str], *, limit: int | None = None, decided: Iterable[str] | None = None
-    ) -> Iterator[tuple[Sample, Sample]]:
+        self, plan: QuantPlan, tensors: Sequence[str], *, decided: Iterable[str] | None = None
+    ) -> Iterator[tuple[Sample | None, Sample]]:
         """Tensors for each sample.
 
         Args:
@@ -84,7 +97,7 @@ class Prefix:
         Yields:
             The float values and those behind the quantized prefix, before their own quantizer, by name.
         """
-        quantized = emit(self._model, plan)
+        quantized = emit(self._model, fit_biases(self._model, plan))
         plans = [(self._model, self._float), (quantized, self._quantized)]
         cuts: list[tuple[str, ...]] = [(), ()]
         if decided is not None:
@@ -107,19 +120,21 @@ class Prefix:
         files = [self._folder / f"{self._number}-{side}.cut" for side in ("float", "quantized")]
         writers = [open(path, "wb") if cut else None for path, cut in zip(files, cuts, strict=True)]  # noqa: SIM115
         try:
-            for index, feeds in enumerate(
-                    zip(self._feeds(self._float, limit), self._feeds(self._quantized, limit), strict=True)
-                ):
-                results = [session.run(feed) for session, feed in zip(sessions, feeds, strict=True)]
+            float_feeds = self._feeds(self._float, self._float_samples)
+            for index, feeds in enumerate(self._feeds(self._quantized, None)):
+                wanted = index in self._float_samples
+                results = [sessions[0].run(next(float_feeds)) if wanted else None, sessions[1].run(feeds)]
                 if index == 0 and any(writers) and not self._fits(results, cuts):
                     for writer in filter(None, writers):
                         writer.close()
                     writers, cuts = [None, None], [(), ()]
                 for writer, cut, result in zip(writers, cuts, results, strict=True):
-                    if writer is not None:
-                        for name in cut:
-                            np.lib.format.write_array(writer, np.ascontiguousarray(result[name]), allow_pickle=False)
-                yield results[0], results[1]
+                    if writer is not None and result is not None:
+                        # Our own file, read by this process only; NumPy's format costs more to parse than to read.
+                        pickle.dump([np.ascontiguousarray(result[name]) for name in cut], writer, protocol=5)
+                float_result, quantized_result = results
+                assert quantized_result is not None
+                yield float_result, quantized_result
         finally:
             for writer in filter(None, writers):
                 writer.close()
@@ -131,21 +146,20 @@ class Prefix:
             elif path.exists():
                 path.unlink()
 
-    def _fits(self, results: Sequence[Sample], cuts: Sequence[tuple[str, ...]]) -> bool:
-        size = sum(result[name].nbytes for result, cut in zip(results, cuts, strict=True) for name in cut)
-        return size <= _MAX_CUT_BYTES and size * len(self._source) <= _MAX_SPOOL_BYTES
+    def _fits(self, results: Sequence[Sample | None], cuts: Sequence[tuple[str, ...]]) -> bool:
+        sizes = [sum(r[name].nbytes for name in cut) if r else 0 for r, cut in zip(results, cuts, strict=True)]
+        total = sizes[0] * len(self._float_samples) + sizes[1] * len(self._source)
+        return sum(sizes) <= _MAX_CUT_BYTES and total <= _MAX_SPOOL_BYTES
 
-    def _feeds(self, side: _Side, limit: int | None) -> Iterator[Sample]:
-        count = len(self._source)
-        wanted = set(spaced(count, limit))
+    def _feeds(self, side: _Side, wanted: frozenset[int] | None) -> Iterator[Sample]:
+        """The samples at ``wanted`` (all when None) from where the side starts."""
         if side.spool is None or side.start is None:
-            yield from self._source.read(sorted(wanted))
+            yield from self._source.read(range(len(self._source)) if wanted is None else sorted(wanted))
             return
+        # The float side's file holds the wanted samples only.
         with open(side.spool, "rb") as file:
-            for index in range(count):
-                sample = {name: np.lib.format.read_array(file, allow_pickle=False) for name in side.start}
-                if index in wanted:
-                    yield sample
+            for _ in range(len(self._source) if wanted is None else len(wanted)):
+                yield dict(zip(side.start, pickle.load(file), strict=True))
 
 
 def spaced(count: int, limit: int | None) -> list[int]:

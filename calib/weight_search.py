@@ -5,7 +5,9 @@ from the largest magnitude. All channels are searched at once; a candidate's out
 
     cosine  <o~, o> / (|o~| |o|)          or          mse  |o~ - o|^2
 
-from second moments (:mod:`postquant.calib.moments`) over all samples. Cosine does not see a gain, so the winner's
+from second moments (:mod:`postquant.calib.moments`) over all samples, with ``o`` the output of the float weights on the
+same, quantized inputs. (The paper compares with the float network's output. On MobileNetV2 that is harmful: the scales
+then make up for what clipping did to a few samples upstream, at the expense of all others; see docs/easyquant.md.) Cosine does not see a gain, so the winner's
 scale is then multiplied by the least-squares gain ``<o~, o> / <o~, o~>``: its codes stay, its error becomes the
 smallest that these codes can have.
 """
@@ -24,6 +26,9 @@ from postquant.runtime_ops.quantizer import SMALLEST_SCALE, TensorQuantizer
 
 FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
+
+
+_COARSE = 5
 
 
 class Objective(enum.Enum):
@@ -53,24 +58,6 @@ class SearchOptions:
     rounds: int | None = None
     centred: bool = True
 
-    def multiples(self) -> DoubleArray:
-        """The candidates' multiples of ``S0``, with 1 (the start) in front so that it wins ties."""
-        grid = np.linspace(self.alpha, self.beta, self.candidates)
-        return np.concatenate([[1.0], grid])
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class OutputError:
-    """Per output channel, (G, M): energy of the float output and squared error of the quantized one."""
-
-    energy: DoubleArray
-    error: DoubleArray
-
-    @property
-    def sqnr(self) -> float:
-        """Over all channels, in dB."""
-        return float(10 * np.log10(max(self.energy.sum(), 1e-300) / max(self.error.sum(), 1e-300)))
-
 
 def quantize_matrix(matrix: FloatArray, scale: npt.NDArray[np.floating], qmin: int, qmax: int) -> FloatArray:
     """Integer codes (as float32) of a (G, K, M) matrix with (G, 1, M) scales, rounded to nearest."""
@@ -89,21 +76,29 @@ class WeightProblem:
     def __init__(self, layer: Layer, weight: FloatArray, moments: Moments) -> None:
         self.layer = layer
         self.matrix = layer.matrix(weight).astype(np.float32)
+        self.moments = moments
+        self._square = moments.square.astype(np.float32)
+        # With w~ = w + d: <o~,o> = w'Hw + d'(Hw) and |o~|^2 = w'Hw + 2 d'(Hw) + d'Hd; the small parts keep their digits.
         exact = self.matrix.astype(np.float64)
-        self._auto = moments.auto.astype(np.float32)
-        # With w~ = w + d: <o~,o> = w'Cw + d'(Cw) and <o~,o~> = w'Bw + 2 d'(Bw) + d'Bd; the small parts keep their digits.
-        self._cross_w = moments.cross @ exact
-        self._auto_w = moments.auto @ exact
-        self._inner0 = np.einsum("gkm,gkm->gm", exact, self._cross_w)
-        self._norm0 = np.einsum("gkm,gkm->gm", exact, self._auto_w)
+        response = moments.square @ exact
+        self.energy = np.einsum("gkm,gkm->gm", exact, response)
+        self._response = response.astype(np.float32)
 
     def products(self, candidate: FloatArray) -> tuple[DoubleArray, DoubleArray]:
-        """``<o~, o>`` and ``<o~, o~>`` per output channel, (G, M), of a candidate (G, K, M)."""
+        """``<o~, o>`` and ``|o~|^2`` per output channel, (G, M), of a candidate (G, K, M)."""
         d = candidate - self.matrix
-        inner = self._inner0 + np.einsum("gkm,gkm->gm", d, self._cross_w)
-        norm = self._norm0 + 2 * np.einsum("gkm,gkm->gm", d, self._auto_w)
-        norm += np.einsum("gkm,gkm->gm", d, self._auto @ d, dtype=np.float64)
-        return inner, norm
+        linear = np.einsum("gkm,gkm->gm", d, self._response)
+        return self.energy + linear, self.energy + 2 * linear + np.einsum("gkm,gkm->gm", d, self._square @ d)
+
+    def error(self, candidate: FloatArray) -> DoubleArray:
+        """``|o~ - o|^2`` per output channel, (G, M)."""
+        d = candidate - self.matrix
+        return np.maximum(np.einsum("gkm,gkm->gm", d, self._square @ d), 0.0).astype(np.float64)
+
+
+def problem_of(layer: Layer, weight: FloatArray, moments: Moments, options: SearchOptions) -> WeightProblem:
+    """The problem as the options see it: without the mean where the bias will be corrected."""
+    return WeightProblem(layer, weight, moments.centred() if options.centred else moments)
 
 
 def search_weight(
@@ -121,28 +116,53 @@ def search_weight(
     Returns:
         A quantizer with scales (and, for cosine, explicit codes). Channels whose error no candidate lowers keep ``start``.
     """
-    problem = WeightProblem(layer, weight, moments.centred() if options.centred else moments)
+    problem = problem_of(layer, weight, moments, options)
     spec = start.spec
-    scale0 = layer.per_output(start.scale).astype(np.float32)
-    per_tensor = spec.axis is None
-    best_score = np.full(problem.matrix.shape[::2], -1e300)
-    best_scale = np.broadcast_to(scale0, (scale0.shape[0], 1, problem.matrix.shape[2])).copy()
-    best_gain = np.ones_like(best_score)
-    for multiple in options.multiples():
-        scale = np.maximum(scale0 / np.float32(multiple), SMALLEST_SCALE)
+    scale0 = np.ascontiguousarray(layer.per_output(start.scale), np.float32)
+    grid = np.linspace(options.alpha, options.beta, options.candidates)
+    best = _Best(problem.matrix.shape[::2], scale0)
+
+    def judge(index: npt.NDArray[np.int64] | None) -> None:
+        multiple = np.float32(1.0) if index is None else grid[index].astype(np.float32)[:, np.newaxis]
+        scale = np.maximum(scale0 / multiple, SMALLEST_SCALE)
         codes = quantize_matrix(problem.matrix, scale, spec.qmin, spec.qmax)
         inner, norm = problem.products(codes * scale)
         score, gain = _score(inner, norm, options.objective)
-        if per_tensor:  # one scale: one score
+        if spec.axis is None:  # one scale: one score
             total = (inner**2 / np.maximum(norm, 1e-300)).sum() if options.objective is Objective.COSINE else score.sum()
             score = np.full_like(score, total)
             gain = np.full_like(gain, inner.sum() / max(norm.sum(), 1e-300))
-        # A tie keeps the earlier candidate, so the start wins unless something is better.
-        better = score > best_score + 1e-9 * np.abs(best_score)
-        best_score = np.where(better, score, best_score)
-        best_scale = np.where(better[:, np.newaxis], scale, best_scale)
-        best_gain = np.where(better, gain, best_gain)
+        best.offer(score, gain, scale, index)
+
+    judge(None)
+    step = _COARSE if len(grid) > 4 * _COARSE else 1
+    for coarse in range(0, len(grid), step):
+        judge(np.full(best.score.shape, coarse))
+    around = best.index.copy()
+    for offset in (*range(1 - step, 0), *range(1, step)):
+        judge(np.clip(around + offset, 0, len(grid) - 1))
+    best_scale, best_gain = best.scale, best.gain
     return _with_gain(layer, problem, start, best_scale, best_gain if options.objective is Objective.COSINE else None)
+
+
+class _Best:
+    """The best candidate of every channel so far. A tie keeps the earlier one, so the start wins unless beaten."""
+
+    def __init__(self, shape: tuple[int, ...], scale: FloatArray) -> None:
+        self.score = np.full(shape, -1e300)
+        self.gain = np.ones(shape)
+        self.scale = np.broadcast_to(scale, (shape[0], 1, shape[1])).copy()
+        self.index = np.zeros(shape, np.int64)
+
+    def offer(
+        self, score: DoubleArray, gain: DoubleArray, scale: FloatArray, index: npt.NDArray[np.int64] | None
+    ) -> None:
+        better = score > self.score + 1e-9 * np.abs(self.score)
+        self.score = np.where(better, score, self.score)
+        self.gain = np.where(better, gain, self.gain)
+        self.scale = np.where(better[:, np.newaxis], scale, self.scale)
+        if index is not None:
+            self.index = np.where(better, index, self.index)
 
 
 def _score(inner: DoubleArray, norm: DoubleArray, objective: Objective) -> tuple[DoubleArray, DoubleArray]:
@@ -168,19 +188,3 @@ def _with_gain(
         scales = layer.per_scale(final).astype(np.float32)
     explicit = None if gain is None else layer.tensor(codes).astype(spec.container)
     return dataclasses.replace(start, scale=scales, codes=explicit)
-
-
-def output_error(
-    layer: Layer, weight: FloatArray, quantizer: TensorQuantizer, moments: Moments, *, centred: bool
-) -> OutputError:
-    """Error of the layer's output with quantized weights and inputs, per output channel.
-
-    The energy is that of the float weights on the quantized inputs, which differs from the float network's by the
-    error of the inputs.
-    """
-    problem = WeightProblem(layer, weight, moments.centred() if centred else moments)
-    candidate = layer.matrix(quantizer.simulate(weight)).astype(np.float32)
-    exact = problem.matrix
-    d = candidate - exact
-    error = np.einsum("gkm,gkm->gm", d, problem._auto @ d, dtype=np.float64)
-    return OutputError(problem._norm0, np.maximum(error, 0.0))

@@ -65,6 +65,36 @@ def quantize(
     return codes
 
 
+def simulate(
+    x: npt.NDArray[np.floating],
+    scale: npt.NDArray[np.floating],
+    zero_point: npt.NDArray[np.integer],
+    *,
+    qmin: int,
+    qmax: int,
+    axis: int | None = None,
+    half_away: bool = False,
+) -> npt.NDArray[np.float32]:
+    """``dequantize(quantize(x))`` without the detour through integers; the same bits, several times faster.
+
+    The arguments are those of :func:`quantize`.
+
+    >>> simulate(np.float32([-1, 0.6, 9]), np.float32(0.5), np.int32(0), qmin=-2, qmax=7).tolist()
+    [-1.0, 0.5, 3.5]
+    """
+    s = along_axis(np.asarray(scale, np.float32), x.ndim, axis)
+    z = along_axis(np.asarray(zero_point, np.int32), x.ndim, axis)
+    r = np.divide(x, s, dtype=np.float32)
+    if half_away:
+        r = np.copysign(np.floor(np.abs(r) + np.float32(0.5)), r)
+    else:
+        np.rint(r, out=r)
+    # Differences of codes are small integers: float32 holds them exactly.
+    np.clip(r, (qmin - z).astype(np.float32), (qmax - z).astype(np.float32), out=r)
+    r += np.float32(0.0)  # -0 becomes 0, as it does on the way through integers
+    return np.multiply(r, s, out=r)
+
+
 def dequantize(
     codes: npt.NDArray[np.integer],
     scale: npt.NDArray[np.floating],

@@ -115,4 +115,14 @@ class TensorQuantizer:
 
     def simulate(self, x: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
         """``dequantize(quantize(x))``, or the chosen codes' values when the quantizer holds codes."""
-        return self.dequantize(self.codes if self.codes is not None else self.quantize(x))
+        if self.codes is not None:
+            return self.dequantize(self.codes)
+        return law.simulate(
+            x,
+            self.scale,
+            self.zero_point,
+            qmin=self.spec.qmin,
+            qmax=self.spec.qmax,
+            axis=self.spec.axis,
+            half_away=self.spec.rounding is Rounding.HALF_AWAY,
+        )

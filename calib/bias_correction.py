@@ -9,10 +9,15 @@ outliers does to a mean sits in few samples and positions, and correcting it eve
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
-from postquant.calib.layers import Layer
+from postquant.calib.layers import Layer, layers_of
+from postquant.passes.plan import QuantPlan
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 FloatArray = npt.NDArray[np.float32]
@@ -36,3 +41,26 @@ def corrected_bias(
     error = layer.matrix(quantizer.simulate(weight)).astype(np.float64) - layer.matrix(weight)
     shift = np.einsum("gk,gkm->gm", mean.astype(np.float64), error).reshape(-1)
     return (bias - layer.gain * shift).astype(np.float32)
+
+
+def correct_biases(model: ir.Model, plan: QuantPlan, means: Mapping[str, FloatArray]) -> QuantPlan:
+    """Corrects the bias of every layer with a decided weight.
+
+    Args:
+        model: The simplified float model.
+        plan: Its weights are decided.
+        means: Node name -> (G, K) mean of the layer's float input rows.
+    """
+    biases = dict(plan.biases)
+    for layer in layers_of(model):
+        entry = plan.weights.get(layer.weight)
+        if layer.bias is None or layer.name not in means or not isinstance(entry, TensorQuantizer):
+            continue
+        weight, bias = (model.graph.initializers[name].const_value for name in (layer.weight, layer.bias))
+        assert weight is not None and bias is not None
+        array = weight.numpy().astype(np.float32, copy=False)
+        biases[layer.bias] = corrected_bias(layer, array, bias.numpy(), entry, means[layer.name])
+        del array
+        if isinstance(weight, ir.ExternalTensor):
+            weight.release()
+    return dataclasses.replace(plan, biases=biases)

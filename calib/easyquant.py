@@ -30,13 +30,15 @@ from postquant.calib.compensated_rounding import compensate
 from postquant.calib.layers import Layer, layers_of
 from postquant.calib.moments import Moments, MomentSums
 from postquant.calib.prefix import Prefix
-from postquant.calib.weight_search import SearchOptions, problem_of, search_weight
+from postquant.calib.weight_search import SearchOptions, WeightProblem, problem_of, search_weight
 from postquant.passes import semantics
 from postquant.passes.plan import QuantPlan
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 FloatArray = npt.NDArray[np.float32]
 Progress = Callable[[], None]
+# Decides between quantizers of a tensor (or of one reader of it) by what they do to the network's outputs.
+Judge = Callable[[str, tuple[str, int] | None, Mapping[str, TensorQuantizer]], TensorQuantizer]
 
 # Alternations beyond this have not been seen; the bound makes the loop finite.
 _MOST_ROUNDS = 8
@@ -51,13 +53,15 @@ class WorkLimits:
         positions_per_sample: Output positions of a sample that enter second moments.
         search_samples: Samples whose rows judge activation candidates.
         search_rows: Rows that judge activation candidates, over all samples.
+        search_elements: Bound of rows times row length, for wide layers.
         max_depth: Largest K for which second moments are kept.
         seed: Of the sampled positions.
     """
 
     positions_per_sample: int = 64
     search_samples: int = 64
-    search_rows: int = 512
+    search_rows: int = 8192
+    search_elements: int = 1 << 19
     max_depth: int = 2048
     seed: int = 0
 
@@ -71,6 +75,7 @@ class LayerChange:
         activation: Quotient of the new activation scale by the old.
         score_before: Mean cosine (or minus relative error) of the outputs at the start.
         score_after: The same at the end.
+        weight_gain_db: How much the weights' part of the output error fell, in dB.
         exact: Whether moments covered every output position of every sample.
         rounds: Alternations until nothing changed.
     """
@@ -79,16 +84,23 @@ class LayerChange:
     activation: float
     score_before: float
     score_after: float
+    weight_gain_db: float
     exact: bool
     rounds: int
 
 
 @dataclasses.dataclass(frozen=True)
 class EasyQuantResult:
-    """The searched plan, the float input means for bias correction, and what happened."""
+    """What the search leaves.
+
+    Attributes:
+        plan: The plan with searched scales.
+        means: Layer -> (G, K) mean of its float input rows, for bias correction.
+        changes: Per layer.
+    """
 
     plan: QuantPlan
-    moments: Mapping[str, FloatArray]
+    means: Mapping[str, FloatArray]
     changes: tuple[LayerChange, ...]
 
 
@@ -131,6 +143,7 @@ class EasyQuant:
         limits: How much data it sees.
         search_activations: Whether activation scales may move; weights only otherwise.
         compensate: Whether weights are rounded with error compensation where that lowers the output error.
+        judge: Asked before an activation's scale moves; a scale that is better for the next layer only is refused.
     """
 
     def __init__(
@@ -142,6 +155,7 @@ class EasyQuant:
         *,
         search_activations: bool = True,
         compensate: bool = True,
+        judge: Judge | None = None,
     ) -> None:
         self._model = model
         self._prefix = prefix
@@ -149,6 +163,7 @@ class EasyQuant:
         self._limits = limits
         self._search_activations = search_activations
         self._compensate = compensate
+        self._judge = judge
 
     def run(self, plan: QuantPlan, progress: Progress | None = None) -> EasyQuantResult:
         """Searches every layer.
@@ -201,19 +216,30 @@ class EasyQuant:
             if found is quantizer:
                 break
             quantizer = found
+        if quantizer is not start and self._judge is not None:
+            reader = None if site.key is None else (site.layers[0].name, 0)
+            chosen_quantizer = self._judge(site.tensor, reader, {"start": start, "search": quantizer})
+            if chosen_quantizer is start:
+                quantizer, after_score = start, before_score
+                for layer in site.layers:
+                    current[layer.name] = search_weight(
+                        layer, weights[layer.name], starts[layer.name], data.moments(layer, start), self._options
+                    )
         plan = _with_quantizer(plan, site, quantizer)
+        ratio = float(quantizer.scale / start.scale)
+        changes = []
         for layer in site.layers:
             means[layer.name] = data.float_mean(layer)
+            problem = problem_of(layer, weights[layer.name], data.moments(layer, quantizer), self._options)
             chosen = current[layer.name]
             if self._compensate:
-                problem = problem_of(layer, weights[layer.name], data.moments(layer, quantizer), self._options)
                 chosen = compensate(layer, problem, chosen)
             plan = plan.with_weight(layer.weight, chosen)
-        ratio = float(quantizer.scale / start.scale)
-        return plan, [
-            LayerChange(layer.name, ratio, before_score, after_score, data.exact[layer.name], rounds)
-            for layer in site.layers
-        ]
+            gain = _gain_db(layer, problem, weights[layer.name], starts[layer.name], chosen)
+            changes.append(
+                LayerChange(layer.name, ratio, before_score, after_score, gain, data.exact[layer.name], rounds)
+            )
+        return plan, changes
 
     def _collect(self, plan: QuantPlan, done: QuantPlan, site: _Site, before: Sequence[str]) -> _SiteData:
         """One pass over all samples: moments at the start's scale, and rows of a part of the samples."""
@@ -271,7 +297,8 @@ class _SiteData:
         if float_rows is not None and len(rows):
             self._total[name] += float_rows.sum(0, dtype=np.float64)
             self._count[name] += len(float_rows)
-            few = max(self._limits.search_rows // self._limits.search_samples, 1)
+            most = min(self._limits.search_rows, self._limits.search_elements // (layer.groups * layer.depth))
+            few = max(most // self._limits.search_samples, 8)
             spread = np.arange(min(few, len(rows))) * len(rows) // min(few, len(rows))
             self._rows[name].append((float_rows[spread], rows[spread]))
 
@@ -304,6 +331,17 @@ class _SiteData:
     def float_mean(self, layer: Layer) -> FloatArray:
         """(G, K) mean of the float rows."""
         return (self._total[layer.name] / max(self._count[layer.name], 1)).astype(np.float32)
+
+
+def _gain_db(
+    layer: Layer, problem: WeightProblem, weight: FloatArray, before: TensorQuantizer, after: TensorQuantizer
+) -> float:
+    """How much smaller the output error of one weight quantizer is than another's, in dB."""
+    old = problem.error(layer.matrix(before.simulate(weight)).astype(np.float32)).sum()
+    new = problem.error(layer.matrix(after.simulate(weight)).astype(np.float32)).sum()
+    if new <= 0 or old <= 0:
+        return 0.0
+    return float(10 * np.log10(old / new))
 
 
 def _positions(layer: Layer, shape: Sequence[int], limit: int, seed: int, index: int) -> npt.NDArray[np.int64] | None:

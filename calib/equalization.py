@@ -12,12 +12,21 @@ weight term does not depend on s, so t = 1. Elsewhere the t with the smallest er
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
-from postquant.calib.channel_statistics import ChannelStatistics
+from postquant.calib.channel_statistics import ChannelStatistics, collect_channels
+from postquant.calib.layers import Layer
+from postquant.calib.prefix import spaced
+from postquant.calib.source import CalibrationSource
+from postquant.passes.equalize import ScaleGroup, scale_groups
+from postquant.passes.plan import Entry, QuantPlan
+from postquant.passes.session import make_session
+from postquant.runtime_ops.quantizer import TensorQuantizer
 
 DoubleArray = npt.NDArray[np.float64]
 
@@ -110,3 +119,69 @@ def merged(parts: Mapping[str, ChannelStatistics], names: Sequence[str]) -> Chan
         np.sum([p.square for p in chosen], axis=0),
         sum(p.count for p in chosen),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Equalization:
+    """Factors of one group of values.
+
+    Attributes:
+        group: The values, their makers and their readers.
+        factors: (channels,) s, at least 1.
+    """
+
+    group: ScaleGroup
+    factors: DoubleArray
+
+
+def equalizations(
+    model: ir.Model, plan: QuantPlan, source: CalibrationSource, *, samples: int = 64, threads: int = 1
+) -> list[Equalization]:
+    """Factors for every group of a model that has a quantized value and gains something.
+
+    Args:
+        model: The simplified float model.
+        plan: Tells which values are quantized, and to how many bits.
+        source: Calibration data.
+        samples: How many samples, evenly spaced, tell the channels' ranges.
+        threads: Threads of onnxruntime.
+    """
+    nodes = {node.name: node for node in model.graph}
+    groups = []
+    for group in scale_groups(model):
+        stored = [name for name in group.values if name in plan.activations]
+        readers = [Layer.of(nodes[name]) for name in group.consumers]
+        if stored and all(layer is not None and layer.weight in plan.weights for layer in readers):
+            groups.append((group, stored, [layer for layer in readers if layer is not None]))
+    names = list(dict.fromkeys(name for _, stored, _ in groups for name in stored))
+    if not names:
+        return []
+    run = make_session(model, outputs=names, threads=threads).run
+    statistics = collect_channels(run, source.read(spaced(len(source), samples)), names)
+    result = []
+    for group, stored, readers in groups:
+        weights = [_by_channel(model, layer) for layer in readers]
+        factors = best_factors(
+            merged(statistics, stored),
+            weights,
+            abits=min(_bits(plan.activations[name]) for name in stored),
+            wbits=min(_bits(plan.weights[layer.weight]) for layer in readers),
+            ceiling=group.ceiling,
+            free=group.depthwise,
+        )
+        if factors.max(initial=1.0) > 1.0:
+            result.append(Equalization(group, factors))
+    return result
+
+
+def _by_channel(model: ir.Model, layer: Layer) -> DoubleArray:
+    """A layer's weight as (C_in, taps, M / groups)."""
+    tensor = model.graph.initializers[layer.weight].const_value
+    assert tensor is not None
+    matrix = layer.matrix(tensor.numpy()).astype(np.float64)  # (G, K, M)
+    taps = layer.depth // (layer.in_channels // layer.groups)
+    return matrix.reshape(layer.in_channels, taps, matrix.shape[2])
+
+
+def _bits(entry: Entry) -> int:
+    return entry.spec.bits if isinstance(entry, TensorQuantizer) else entry.bits

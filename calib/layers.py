@@ -26,6 +26,7 @@ from postquant.passes import semantics
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """One weighted node whose input 0 is the activation and input 1 the constant weight.
@@ -33,7 +34,7 @@ class Layer:
     Attributes:
         node: The node.
         weight: Name of the weight initializer.
-        bias: Name of the bias initializer; None for MatMul.
+        bias: Name of the bias initializer, for MatMul the vector that the next Add adds; None if there is none.
         shape: Shape of the weight.
     """
 
@@ -54,8 +55,8 @@ class Layer:
             return None
         if node.op_type == "Gemm" and _attribute(node, "transA", 0):
             return None
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        return cls(node, weight.name, bias.name if bias is not None and bias.is_initializer() else None, shape)
+        bias = semantics.bias_of(node)
+        return cls(node, weight.name, None if bias is None else bias.name, shape)
 
     @property
     def name(self) -> str:

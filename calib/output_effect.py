@@ -4,9 +4,9 @@ Ranges that minimise a tensor's own error are far too wide where a few samples h
 error does to the result differs by orders of magnitude between tensors. So every candidate range is tried: the float
 network runs with only this tensor quantized, from the tensor to the outputs, and
 
-    effect = mean over samples of log( |o - o~|^2 / |o|^2 )        (summed over outputs inside the logarithm)
+    effect = mean over samples of sqrt( sum over outputs of |o - o~|^2 / |o|^2 )
 
-is minimised; the logarithm keeps single samples from deciding. Quantizing one tensor at a time shows its effect without
+is minimised; the root keeps single samples from deciding. Quantizing one tensor at a time shows its effect without
 the noise of all the others, and at useful widths these effects add up.
 
 Candidates come from the observers (min-max, sample mean, percentile, Lp, entropy), widths between them, and narrower
@@ -45,10 +45,9 @@ class EffectOptions:
         finalists: Candidates that survive the screening.
     """
 
-    samples: int = 32
-    power: float = 0.0
-    screening: int = 6
-    finalists: int = 3
+    samples: int = 24
+    screening: int = 4
+    finalists: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,16 +142,17 @@ class OutputEffect:
         alive = names
         for position, index in enumerate(self._order):
             if position == self._options.screening:
-                mean = {name: _mean(effects[name],self._options.power) for name in alive}
-                alive = [n for n in names if n in sorted(mean, key=mean.__getitem__)[: self._options.finalists]]
+                mean = {name: float(np.mean(effects[name])) for name in alive}
+                best = sorted(mean, key=mean.__getitem__)[: self._options.finalists]
+                alive = [name for name in names if name in best]
                 if len(alive) == 1:
                     break
             feeds = begin.run(self._samples[index])
             for name in alive:
                 effects[name].append(self._effect(suffix, feeds, candidates[name], self._reference[index]))
-        mean = {name: _mean(effects[name],self._options.power) for name in alive}
-        best = min(alive, key=mean.__getitem__)
-        return Choice(candidates[best], best, -10 * mean[best] / math.log(10))
+        mean = {name: float(np.mean(effects[name])) for name in alive}
+        best_name = min(alive, key=mean.__getitem__)
+        return Choice(candidates[best_name], best_name, -20 * math.log10(mean[best_name]))
 
     def _effect(
         self,
@@ -173,7 +173,7 @@ class OutputEffect:
             total += float(np.sum(np.square(value - expected))) / max(energy, 1e-30)
         if not math.isfinite(total):
             raise CalibrationError("the network's outputs are not finite", where="calibration of ranges")
-        return math.log(max(total, 1e-12))
+        return math.sqrt(max(total, 1e-12))
 
     def _suffix(self, tensor: str, reader: tuple[str, int] | None) -> tuple[Session, list[str]]:
         """A session from the tensor to the outputs with a quantizer fed at run time, and the other values it reads."""
@@ -235,11 +235,6 @@ class OutputEffect:
         if outputs is not self._outputs:
             session.output_names = tuple(tensor if n == result.name else n for n in session.output_names)
         return session, others
-
-
-def _mean(v,p):
-    v=np.asarray(v)
-    return float(np.mean(v)) if p==0 else float(np.log(np.mean(np.exp(v*p)))/p)
 
 
 def _descendants(value: ir.Value) -> set[ir.Node]:

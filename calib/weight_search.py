@@ -129,7 +129,9 @@ def search_weight(
         inner, norm = problem.products(codes * scale)
         score, gain = _score(inner, norm, options.objective)
         if spec.axis is None:  # one scale: one score
-            total = (inner**2 / np.maximum(norm, 1e-300)).sum() if options.objective is Objective.COSINE else score.sum()
+            total = (
+                (inner**2 / np.maximum(norm, 1e-300)).sum() if options.objective is Objective.COSINE else score.sum()
+            )
             score = np.full_like(score, total)
             gain = np.full_like(gain, inner.sum() / max(norm.sum(), 1e-300))
         best.offer(score, gain, scale, index)

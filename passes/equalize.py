@@ -27,7 +27,9 @@ from postquant.passes.layer import Layer, as_layer
 from postquant.passes.rewiring import Initializers, is_op
 
 # One input, one output, and f(s * x) = s * f(x) for every positive factor per channel.
-_HOMOGENEOUS = frozenset({"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Identity"})
+_HOMOGENEOUS = frozenset(
+    {"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Identity"}
+)
 
 
 @dataclasses.dataclass(frozen=True)

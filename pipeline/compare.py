@@ -174,9 +174,7 @@ class _Match:
         return array if self.reading is None else self.reading.numbers.real(array)
 
 
-def _add(
-    meter: SimilarityMeter, name: str, wanted: npt.NDArray[Any], got: npt.NDArray[Any], notes: list[str]
-) -> None:
+def _add(meter: SimilarityMeter, name: str, wanted: npt.NDArray[Any], got: npt.NDArray[Any], notes: list[str]) -> None:
     if wanted.shape == got.shape:
         meter.add(wanted, got)
         return

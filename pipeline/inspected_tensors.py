@@ -82,9 +82,7 @@ def described(value: ir.Value) -> Tensor:
     shape: tuple[int | str | None, ...] | None = None
     if value.shape is not None:
         shape = tuple(d if isinstance(d, int) else d.value for d in value.shape)
-    return Tensor(
-        name=value.name or "", dtype="?" if value.dtype is None else value.dtype.name.lower(), shape=shape
-    )
+    return Tensor(name=value.name or "", dtype="?" if value.dtype is None else value.dtype.name.lower(), shape=shape)
 
 
 def _readings(model: ir.Model, notes: list[str]) -> list[Reading]:

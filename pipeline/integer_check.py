@@ -201,9 +201,7 @@ class _IntegerCheck:
             self.problem = problem + self.simulation.remark(tensor, optimized)
         self.totals[tensor.codes] = self.totals.get(tensor.codes, Agreement()) + agreement
 
-    def _compare_outputs(
-        self, session: Session, optimized: OptimizedGraph, arrays: Outputs, index: int
-    ) -> None:
+    def _compare_outputs(self, session: Session, optimized: OptimizedGraph, arrays: Outputs, index: int) -> None:
         """Outputs of the observed model against those of the model as it is deployed."""
         wanted = self.outputs[index]
         if all(np.array_equal(arrays[name], array) for name, array in wanted.items()):

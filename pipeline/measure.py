@@ -1,6 +1,6 @@
 """Streaming comparison of two tensors: SQNR, cosine, largest error, agreement of the largest class.
 
-    SQNR = 10 log10(sum of x^2 / sum of (y - x)^2)          x reference, y compared; over all samples together
+SQNR = 10 log10(sum of x^2 / sum of (y - x)^2)          x reference, y compared; over all samples together
 """
 
 from __future__ import annotations

@@ -98,9 +98,7 @@ def stored_tensor_quality(
 
 def float_session(model: ir.Model, outputs: Sequence[str] | None = None, *, threads: int = 1) -> Session:
     """A session over a float model that does not double the memory of large weights."""
-    return make_session(
-        model, outputs=outputs, threads=threads, prepack=weight_bytes(model) <= _PREPACKED_BYTES
-    )
+    return make_session(model, outputs=outputs, threads=threads, prepack=weight_bytes(model) <= _PREPACKED_BYTES)
 
 
 def weight_bytes(model: ir.Model) -> int:

@@ -122,9 +122,7 @@ class Simulation:
             # They are part of the weight's scale and of the bias.
             attributes |= {"alpha": 1.0, "beta": 1.0}
         kernel = optimized.kernel_of(written)
-        return predict(
-            node.op_type, attributes, operands, out, kernel=kernel, opset=self._opset, output=tensor.output
-        )
+        return predict(node.op_type, attributes, operands, out, kernel=kernel, opset=self._opset, output=tensor.output)
 
     def _moved(
         self, tensor: Stored, value: ir.Value, arrays: Arrays, out: Affine, optimized: OptimizedGraph
@@ -183,9 +181,7 @@ class Simulation:
         kernel = optimized.by_value.get(tensor.codes, "")
         return predict("MatMul", {}, operands, out, kernel=kernel, opset=self._opset)
 
-    def _operand(
-        self, node: ir.Node, index: int, value: ir.Value, written: ir.Node, arrays: Arrays
-    ) -> Operand | None:
+    def _operand(self, node: ir.Node, index: int, value: ir.Value, written: ir.Node, arrays: Arrays) -> Operand | None:
         seen = reading(written.inputs[index]) if index < len(written.inputs) else None
         if semantics.is_constant(value):
             return self._constant(node, index, value, quantized_in_file=seen is not None)

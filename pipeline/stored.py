@@ -134,9 +134,7 @@ class _Search:
                 nodes += [n for n in (product, None if behind is None else behind.producer()) if n is not None]
         return found
 
-    def _origin(
-        self, value: ir.Value, source: ir.Value
-    ) -> tuple[ir.Node | None, int, tuple[tuple[float, float], ...]]:
+    def _origin(self, value: ir.Value, source: ir.Value) -> tuple[ir.Node | None, int, tuple[tuple[float, float], ...]]:
         """The float node behind the quantizer, through the clips that the quantizer stands for."""
         clips: list[tuple[float, float]] = []
         written = source.producer()

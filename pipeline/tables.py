@@ -70,8 +70,11 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     sizes = f"{megabytes(comparison.float_bytes)} -> {megabytes(comparison.quantized_bytes)}"
     _line(console, f"{comparison.samples} samples, size {sizes}")
     if comparison.unmatched:
-        _line(console, f"{len(comparison.unmatched)} stored tensors match no value of the float model: "
-              f"{_some(comparison.unmatched)}")
+        _line(
+            console,
+            f"{len(comparison.unmatched)} stored tensors match no value of the float model: "
+            f"{_some(comparison.unmatched)}",
+        )
     for note in comparison.notes:
         _line(console, f"note: {note}")
 

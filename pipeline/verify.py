@@ -277,9 +277,7 @@ def output_report(name: str, similarity: Similarity) -> OutputReport:
     )
 
 
-def _output_problem(
-    name: str, index: int, wanted: npt.NDArray[Any], got: npt.NDArray[Any]
-) -> str | None:
+def _output_problem(name: str, index: int, wanted: npt.NDArray[Any], got: npt.NDArray[Any]) -> str | None:
     if got.shape != wanted.shape:
         return f"output {name} has shape {list(got.shape)} on sample {index}, the float model's {list(wanted.shape)}"
     if np.issubdtype(got.dtype, np.floating) and np.isfinite(wanted).all() and not np.isfinite(got).all():
@@ -293,5 +291,3 @@ def _checker_problem(path: pathlib.Path) -> str | None:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         return first_sentence(error)
     return None
-
-

@@ -1,8 +1,8 @@
 """Pooling from codes: QLinearGlobalAveragePool, QLinearAveragePool and MaxPool.
 
-    global   value = (sum of x - n * z_x) * (s_x / (s_y * n)) + z_y       exact integer sum, one float32 factor
-    average  value = mean of dequantize(x) / s_y + z_y                    float32 sums in window order
-    max      the largest code: the scale does not change
+global   value = (sum of x - n * z_x) * (s_x / (s_y * n)) + z_y       exact integer sum, one float32 factor
+average  value = mean of dequantize(x) / s_y + z_y                    float32 sums in window order
+max      the largest code: the scale does not change
 """
 
 from __future__ import annotations
@@ -74,9 +74,7 @@ def _window(attributes: Mapping[str, Any], spatial: Sequence[int]) -> tuple[Conv
     return settings, tuple(size)
 
 
-def _taps(
-    settings: ConvAttributes, spatial: Sequence[int], size: Sequence[int]
-) -> Iterator[tuple[Any, Any]]:
+def _taps(settings: ConvAttributes, spatial: Sequence[int], size: Sequence[int]) -> Iterator[tuple[Any, Any]]:
     """For each kernel position: indices of the outputs that it reaches, and of the inputs that they read."""
     for tap in itertools.product(*(range(k) for k in settings.kernel)):
         target, source = [], []

@@ -74,9 +74,7 @@ class TensorQuantizer:
         object.__setattr__(self, "zero_point", zero_point)
 
     @classmethod
-    def from_range(
-        cls, spec: QuantSpec, low: npt.ArrayLike, high: npt.ArrayLike
-    ) -> TensorQuantizer:
+    def from_range(cls, spec: QuantSpec, low: npt.ArrayLike, high: npt.ArrayLike) -> TensorQuantizer:
         """The quantizer whose codes span ``[low, high]``, widened to contain 0.
 
         Args:

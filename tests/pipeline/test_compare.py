@@ -61,9 +61,7 @@ class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
         return next(self._samples, None)
 
 
-def test_onnxruntimes_own_quantizer(
-    cnn: Any, files: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path
-) -> None:
+def test_onnxruntimes_own_quantizer(cnn: Any, files: tuple[pathlib.Path, pathlib.Path], tmp_path: pathlib.Path) -> None:
     theirs = tmp_path / "theirs.onnx"
     quantization.quantize_static(
         files[0], theirs, Reader(cnn.samples), weight_type=quantization.QuantType.QInt8, per_channel=True

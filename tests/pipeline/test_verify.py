@@ -161,9 +161,7 @@ def test_a_quantizer_that_is_missing(cnn: Any) -> None:
 def test_a_plan_of_other_numbers(cnn: Any) -> None:
     entry = cnn.plan.activations["sum"]
     other = TensorQuantizer(entry.spec, entry.scale * np.float32(1.1), entry.zero_point)
-    result = verify_model(
-        cnn.model, cnn.emitted, cnn.plan.with_activation("sum", other), cnn.samples, strict=False
-    )
+    result = verify_model(cnn.model, cnn.emitted, cnn.plan.with_activation("sum", other), cnn.samples, strict=False)
     assert failed(result) >= {PLAN, INTEGERS}
 
 

@@ -1,0 +1,192 @@
+"""Decides the range of every activation: by one method, or per tensor by its effect on the network's outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import onnx_ir as ir
+
+from postquant.calib.collect import collect, subsampling_note
+from postquant.calib.layers import layers_of
+from postquant.calib.methods import DEFAULT_METHODS
+from postquant.calib.observers import RangeMethod, candidate_ranges
+from postquant.calib.output_effect import Choice, EffectOptions, OutputEffect, candidate_quantizers
+from postquant.calib.source import CalibrationSource
+from postquant.calib.statistics import Bounds, TensorStatistics
+from postquant.passes.plan import QuantPlan
+from postquant.passes.semantics import activation_bounds
+from postquant.passes.session import make_session
+from postquant.runtime_ops.quantizer import TensorQuantizer
+from postquant.runtime_ops.spec import QuantSpec
+
+Progress = Callable[[], None]
+
+# Values of one tensor and sample that enter its histogram: enough for any percentile, and flat in time.
+_HISTOGRAM_ELEMENTS = 1 << 15
+# Multiply-accumulates that measuring effects may cost; MobileNetV2 at 224 x 224 takes a third of it.
+EFFECT_WORK = 3.0e12
+_CANDIDATES = 8
+_MOST_SAMPLES = 96
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranges:
+    """What this stage decides.
+
+    Attributes:
+        plan: Every activation and requantization is a quantizer.
+        choices: Key of the plan -> what was chosen and its effect; empty without effects.
+        notes: For the report.
+    """
+
+    plan: QuantPlan
+    choices: Mapping[str, Choice]
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """One quantizer to decide: a stored tensor, or a requantization in front of one input of a node."""
+
+    key: str
+    value: str
+    spec: QuantSpec
+    reader: tuple[str, int] | None
+
+    def decided(self, plan: QuantPlan, quantizer: TensorQuantizer) -> QuantPlan:
+        if self.reader is None:
+            return plan.with_activation(self.key, quantizer)
+        return plan.with_requant(self.key, quantizer)
+
+
+def places_of(model: ir.Model, plan: QuantPlan) -> list[_Place]:
+    """Every activation quantizer of a plan that is not decided yet."""
+    nodes = {node.name: node for node in model.graph}
+    found = [_Place(n, n, e, None) for n, e in plan.activations.items() if isinstance(e, QuantSpec)]
+    for key, entry in plan.requants.items():
+        name, _, index = key.rpartition(":")
+        value = nodes[name].inputs[int(index)]
+        assert value is not None and value.name is not None
+        if isinstance(entry, QuantSpec):
+            found.append(_Place(key, value.name, entry, (name, int(index))))
+    return found
+
+
+def collect_statistics(
+    model: ir.Model,
+    places: Sequence[_Place],
+    source: CalibrationSource,
+    *,
+    histogram: bool,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, TensorStatistics]:
+    """One streaming pass over the float model."""
+    names = list(dict.fromkeys(place.value for place in places))
+    if not names:
+        return {}
+    bounds = {name: Bounds(*activation_bounds(model, name)) for name in names}
+    session = make_session(model, outputs=names, threads=threads)
+    return collect(
+        session.run,
+        source,
+        names,
+        histogram=histogram,
+        max_elements_per_tensor=_HISTOGRAM_ELEMENTS,
+        bounds=bounds,
+        progress=None if progress is None else lambda _done, _all: progress(),
+    )
+
+
+def method_ranges(
+    model: ir.Model,
+    plan: QuantPlan,
+    source: CalibrationSource,
+    method: RangeMethod,
+    *,
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> Ranges:
+    """Every range by one method."""
+    places = places_of(model, plan)
+    statistics = collect_statistics(
+        model, places, source, histogram=method.needs_histogram, threads=threads, progress=progress
+    )
+    for place in places:
+        quantizer = TensorQuantizer.from_range(place.spec, *method.range(statistics[place.value], place.spec))
+        plan = place.decided(plan, quantizer)
+    note = subsampling_note(statistics.values())
+    return Ranges(plan, {}, () if note is None else (note,))
+
+
+def effect_ranges(
+    model: ir.Model,
+    plan: QuantPlan,
+    source: CalibrationSource,
+    statistics: Mapping[str, TensorStatistics],
+    effect: OutputEffect | None,
+    *,
+    methods: Sequence[RangeMethod] = DEFAULT_METHODS,
+    progress: Progress | None = None,
+) -> Ranges:
+    """Every range by its effect on the outputs.
+
+    Args:
+        model: The simplified float model.
+        plan: Undecided entries are decided.
+        source: Calibration data.
+        statistics: Of every place's value, with histograms.
+        effect: Measures; None where that costs too much: the Lp error decides then.
+        methods: Whose ranges are candidates.
+        progress: Called after every tensor.
+    """
+    places = places_of(model, plan)
+    choices: dict[str, Choice] = {}
+    for place in places:
+        ranges = candidate_ranges(statistics[place.value], place.spec, methods)
+        if effect is None:
+            plan = place.decided(plan, TensorQuantizer.from_range(place.spec, *ranges["mse"]))
+        else:
+            candidates = candidate_quantizers(place.spec, ranges)
+            choices[place.key] = effect.choose(place.value, candidates, reader=place.reader)
+            plan = place.decided(plan, choices[place.key].quantizer)
+        if progress is not None:
+            progress()
+    note = subsampling_note(statistics.values())
+    return Ranges(plan, choices, () if note is None else (note,))
+
+
+def forward_work(model: ir.Model, source: CalibrationSource, *, threads: int = 1) -> float:
+    """Multiply-accumulates of the weighted layers for the first sample."""
+    layers = layers_of(model)
+    if not layers:
+        return 0.0
+    outputs = list(dict.fromkeys(layer.output for layer in layers))
+    values = make_session(model, outputs=outputs, threads=threads).run(next(iter(source.read([0]))))
+    return float(sum(values[layer.output].size * layer.depth for layer in layers))
+
+
+def effect_options(work: float, tensors: int, samples: int, *, budget: float = EFFECT_WORK) -> EffectOptions | None:
+    """As many samples as the budget allows, or None where not even the fewest fit.
+
+    Args:
+        work: Multiply-accumulates of one run of the network.
+        tensors: Number of tensors to decide.
+        samples: Number of calibration samples.
+        budget: Multiply-accumulates in all; a candidate costs half a run, on average.
+    """
+    least, default = EffectOptions(samples=8, screening=3), EffectOptions()
+    for count in (_MOST_SAMPLES, 64, 48, 32, default.samples, 16, 12, least.samples):
+        screening = max(least.screening, count // 6)
+        runs = screening * _CANDIDATES + (count - screening) * default.finalists + count
+        if tensors * runs * work / 2 <= budget * (1.0 if count <= default.samples else 0.2):
+            return EffectOptions(samples=min(count, samples), screening=min(screening, samples))
+    return None
+
+
+def effect_db(choices: Mapping[str, Choice]) -> float:
+    """SQNR of the outputs if the effects of all tensors added up, in dB; infinite without any."""
+    noise = sum(10 ** (-choice.effect_db / 10) for choice in choices.values())
+    return -10 * math.log10(noise) if noise > 0 else math.inf

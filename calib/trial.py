@@ -1,0 +1,126 @@
+"""Measures what a decision does to the network's outputs, on a few calibration samples: :class:`Trial`.
+
+Techniques that may help or harm (equalization, moved scales, corrected biases) are kept only where this error falls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from postquant.calib.bias_correction import correct_biases
+from postquant.calib.collect import collect
+from postquant.calib.input_means import input_means
+from postquant.calib.observers import SampleMean
+from postquant.calib.prefix import spaced
+from postquant.calib.source import CalibrationSource, SubsetSource
+from postquant.calib.weight_start import start_weights
+from postquant.passes.biases import fit_biases
+from postquant.passes.emit import emit
+from postquant.passes.plan import QuantPlan
+from postquant.passes.session import make_session
+from postquant.runtime_ops.quantizer import TensorQuantizer
+from postquant.runtime_ops.spec import QuantSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Error of a quantized network.
+
+    Attributes:
+        error: Mean over samples of the root of the relative squared output error: robust to single samples.
+        sqnr_db: SQNR of all samples together, in dB, for the report.
+    """
+
+    error: float
+    sqnr_db: float
+
+
+class Trial:
+    """Compares quantized networks with one float network.
+
+    Args:
+        model: The float model whose outputs are the reference.
+        source: Calibration data.
+        samples: How many samples, evenly spaced.
+        threads: Threads of onnxruntime.
+    """
+
+    def __init__(self, model: ir.Model, source: CalibrationSource, *, samples: int = 32, threads: int = 1) -> None:
+        self._source = SubsetSource(source, spaced(len(source), samples))
+        self._threads = threads
+        self._outputs = [v.name or "" for v in model.graph.outputs if v.dtype in (None, ir.DataType.FLOAT)]
+        session = make_session(model, outputs=self._outputs, threads=threads)
+        self._reference = [session.run(sample) for sample in self._source]
+
+    def measure(self, model: ir.Model, plan: QuantPlan) -> Outcome:
+        """Runs the emitted model on onnxruntime.
+
+        Args:
+            model: The float model that the plan is about (equalized or not).
+            plan: Decided entries are quantized; the rest is float.
+        """
+        session = make_session(emit(model, fit_biases(model, plan)), outputs=self._outputs, threads=self._threads)
+        roots, energy, noise = [], 0.0, 0.0
+        for sample, expected in zip(self._source, self._reference, strict=True):
+            got = session.run(sample)
+            relative = 0.0
+            for name, value in expected.items():
+                exact = value.astype(np.float64)
+                signal, error = float(np.sum(exact**2)), float(np.sum((got[name] - exact) ** 2))
+                relative += error / max(signal, 1e-30)
+                energy, noise = energy + signal, noise + error
+            roots.append(math.sqrt(relative))
+        sqnr = 10 * math.log10(max(energy, 1e-30) / max(noise, 1e-30))
+        return Outcome(float(np.mean(roots)) if roots else 0.0, sqnr)
+
+    def quick(self, model: ir.Model, plan: QuantPlan) -> Outcome:
+        """The error after a quick quantization: sample-mean ranges, max-abs weights, corrected biases.
+
+        Args:
+            model: The float model.
+            plan: A plan of formats.
+        """
+        names = list(plan.activations)
+        readers = {key: _input_of(model, key) for key in plan.requants}
+        wanted = list(dict.fromkeys((*names, *readers.values())))
+        run = make_session(model, outputs=wanted, threads=self._threads).run
+        statistics = collect(run, self._source, wanted, histogram=False)
+        method = SampleMean()
+
+        def quantizer(value: str, entry: QuantSpec | TensorQuantizer) -> TensorQuantizer:
+            if isinstance(entry, TensorQuantizer):
+                return entry
+            return TensorQuantizer.from_range(entry, *method.range(statistics[value], entry))
+
+        plan = dataclasses.replace(
+            plan,
+            activations={name: quantizer(name, plan.activations[name]) for name in names},
+            requants={key: quantizer(value, plan.requants[key]) for key, value in readers.items()},
+        )
+        plan = start_weights(model, plan)
+        means = input_means(model, plan, self._source, threads=self._threads)
+        return self.measure(model, correct_biases(model, plan, means))
+
+
+def _input_of(model: ir.Model, key: str) -> str:
+    name, _, index = key.rpartition(":")
+    for node in model.graph:
+        if node.name == name:
+            value = node.inputs[int(index)]
+            assert value is not None and value.name is not None
+            return value.name
+    raise KeyError(key)
+
+
+def keep_better(outcomes: Sequence[Outcome]) -> int:
+    """Index of the smallest error; ties go to the earlier one.
+
+    >>> keep_better([Outcome(0.2, 10.0), Outcome(0.1, 20.0), Outcome(0.1, 21.0)])
+    1
+    """
+    return min(range(len(outcomes)), key=lambda index: outcomes[index].error)

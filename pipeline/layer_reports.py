@@ -1,0 +1,77 @@
+"""Per-layer rows of the report: :func:`layer_reports`, and what stayed float: :func:`float_reports`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from postquant.passes import semantics
+from postquant.passes.plan import QuantPlan
+from postquant.pipeline.quality import TensorQuality
+from postquant.pipeline.report import FloatReport, LayerReport
+from postquant.runtime_ops.quantizer import TensorQuantizer
+
+
+def layer_reports(
+    model: ir.Model,
+    plan: QuantPlan,
+    quality: Sequence[TensorQuality],
+    gains: Mapping[str, Mapping[str, float]],
+) -> tuple[LayerReport, ...]:
+    """One row per quantized Conv, ConvTranspose, Gemm and MatMul, in graph order.
+
+    Args:
+        model: The simplified model.
+        plan: The final plan.
+        quality: Measured quality of stored tensors.
+        gains: Node -> stage -> gain in dB.
+    """
+    measured = {item.name: item for item in quality}
+    rows = []
+    for node in model.graph:
+        if node.op_type not in semantics.WEIGHTED or node.name is None or node.name in plan.floats:
+            continue
+        index = semantics.weight_index(node)
+        source = node.inputs[0 if index != 0 else 1]
+        assert source is not None and source.name is not None
+        requant = plan.requants.get(f"{node.name}:{0 if index != 0 else 1}")
+        entry = requant if requant is not None else plan.activation_entry(source.name)
+        activation = entry if isinstance(entry, TensorQuantizer) else None
+        weight = plan.weights.get(node.inputs[index].name or "") if index is not None and node.inputs[index] else None
+        weight = weight if isinstance(weight, TensorQuantizer) else None
+        item = _stored_output(node, measured)
+        shape = node.inputs[index].const_value.shape if weight is not None and index is not None else None
+        rows.append(
+            LayerReport(
+                node=node.name,
+                op_type=node.op_type,
+                wbits=None if weight is None else weight.spec.bits,
+                abits=None if activation is None else activation.spec.bits,
+                weight_shape=None if shape is None else tuple(int(d) for d in shape),
+                weight_scales=None if weight is None else (float(weight.scale.min()), float(weight.scale.max())),
+                input_scale=None if activation is None else float(activation.scale),
+                input_zero_point=None if activation is None else int(activation.zero_point),
+                sqnr_db=None if item is None else item.sqnr_db,
+                cosine=None if item is None else item.cosine,
+                gains=dict(gains.get(node.name, {})),
+            )
+        )
+    return tuple(rows)
+
+
+def _stored_output(node: ir.Node, measured: Mapping[str, TensorQuality]) -> TensorQuality | None:
+    """The measured tensor that holds the node's output, behind the Relu and Clip that its quantizer stands for."""
+    value = node.outputs[0]
+    while value.name not in measured:
+        uses = value.uses()
+        if len(uses) != 1 or semantics.clip_bounds(uses[0].node) is None:
+            return None
+        value = uses[0].node.outputs[0]
+    return measured[value.name]
+
+
+def float_reports(model: ir.Model, plan: QuantPlan) -> tuple[FloatReport, ...]:
+    """Every node that stayed in float, with its reason."""
+    kinds = {node.name: node.op_type for node in model.graph}
+    return tuple(FloatReport(node=n, op_type=kinds.get(n, ""), reason=r) for n, r in plan.floats.items())

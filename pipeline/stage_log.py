@@ -1,0 +1,70 @@
+"""What the stages did, for the report, and across a resumed run: :class:`StageLog`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from postquant.calib.easyquant import LayerChange
+from postquant.pipeline.progress import NullProgress
+from postquant.pipeline.report import StageReport
+
+
+class StageLog:
+    """Collects stage reports, notes and per-layer gains.
+
+    Args:
+        progress: Told about resumed stages.
+
+    Attributes:
+        stages: In order.
+        notes: In order.
+        layer_gains: Node name -> stage -> gain in dB of the layer's own output error.
+    """
+
+    def __init__(self, progress: NullProgress) -> None:
+        self.stages: list[StageReport] = []
+        self.notes: list[str] = []
+        self.layer_gains: dict[str, dict[str, float]] = {}
+        self._progress = progress
+        self._mark = (0, 0)
+
+    def add(self, name: str, detail: str, *, kept: bool = True, sqnr_db: float | None = None) -> None:
+        """One stage, or one technique within it."""
+        self.stages.append(StageReport(name=name, kept=kept, sqnr_db=sqnr_db, detail=detail))
+
+    def note(self, *notes: str) -> None:
+        """Lines that the report must not be silent about."""
+        self.notes.extend(notes)
+
+    def changes(self, changes: Sequence[LayerChange]) -> None:
+        """What the scale search did to each layer."""
+        for change in changes:
+            self.layer_gains.setdefault(change.layer, {})["weights"] = change.weight_gain_db
+        sampled = [change.layer for change in changes if not change.exact]
+        if sampled:
+            shown = ", ".join(sampled[:3]) + (", ..." if len(sampled) > 3 else "")
+            self.note(
+                f"second moments of {len(sampled)} of {len(changes)} layers were taken at a seeded sample of the output "
+                f"positions of every calibration sample, not at all positions ({shown})"
+            )
+
+    def since_resume(self) -> dict[str, Any]:
+        """Everything since the last saved stage, as JSON values for the next one."""
+        stages, notes = self._mark
+        self._mark = (len(self.stages), len(self.notes))
+        return {
+            "stages": [dataclasses.asdict(stage) for stage in self.stages[stages:]],
+            "notes": self.notes[notes:],
+            "gains": self.layer_gains,
+        }
+
+    def resume(self, stage: str, data: Any) -> None:
+        """Takes over what a saved stage had recorded, in place of what has been recorded since the one before."""
+        stages, notes = self._mark
+        self.stages[stages:] = [StageReport(**values) for values in data["stages"]]
+        self.notes[notes:] = data["notes"]
+        self.layer_gains.update(data["gains"])
+        self._mark = (len(self.stages), len(self.notes))
+        self._progress.say(f"resumed behind stage {stage!r}")

@@ -1,0 +1,304 @@
+"""The way of the data, once, from top to bottom: :func:`run_pipeline`.
+
+    simplify -> align inputs -> smooth -> place -> equalize -> ranges -> scale search -> biases -> emit -> verify
+
+A graph change is a pass on the model, a decision a function from plan to plan; the plan reaches the graph at *emit* and
+nowhere earlier. Techniques that may help or harm are kept only where the output error, measured on calibration samples
+against the float model, falls. Finished stages are saved, so that an interrupted run goes on behind the last of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import tempfile
+from collections.abc import Sequence
+
+import onnx_ir as ir
+import threadpoolctl
+
+from postquant.calib.output_effect import EffectOptions, OutputEffect
+from postquant.calib.bias_correction import correct_biases
+from postquant.calib.easyquant import EasyQuant, WorkLimits, sites_of
+from postquant.calib.equalization import equalizations
+from postquant.calib.input_grid import find_grids
+from postquant.calib.input_means import input_means
+
+from postquant.calib.prefix import Prefix, spaced
+from postquant.calib.ranges import (
+    collect_statistics,
+    effect_options,
+    effect_ranges,
+    forward_work,
+    method_ranges,
+    places_of,
+)
+from postquant.calib.smoothing import choose_smoothing
+from postquant.calib.source import CalibrationSource, SubsetSource
+from postquant.calib.trial import Trial, keep_better
+from postquant.calib.weight_search import Objective as SearchObjective
+from postquant.calib.weight_search import SearchOptions
+from postquant.calib.weight_start import start_weights
+from postquant.passes.align_input import AlignInputPass, exact_quantizers
+from postquant.passes.biases import fit_biases
+from postquant.passes.emit import emit
+from postquant.passes.equalize import EqualizePass
+from postquant.passes.place import place
+from postquant.passes.plan import QuantPlan
+from postquant.passes.smooth import SmoothPass, smooth_groups
+from postquant.pipeline.concats import decide_concats
+from postquant.pipeline.config import Method, QuantConfig
+from postquant.pipeline.job import Job, Outcome
+from postquant.pipeline.layer_reports import float_reports, layer_reports
+from postquant.pipeline.methods import range_method
+from postquant.pipeline.placement import placement_settings
+from postquant.pipeline.prepare import Prepared, prepare
+from postquant.pipeline.stage_log import StageLog
+from postquant.pipeline.verify import verify_model
+
+# Samples on which the simplified model is compared with the original.
+_PREPARE_SAMPLES = 4
+# A model whose weights are larger is simplified again when a run is resumed, instead of being stored twice.
+_LARGEST_SAVED_MODEL = 256 << 20
+
+
+def run_pipeline(job: Job) -> Outcome:
+    """Quantizes a model.
+
+    Args:
+        job: What to do.
+
+    Returns:
+        The quantized model, its plan and the report; ``failure`` says whether the verification failed.
+
+    Raises:
+        PostquantError: If the model or the data do not allow it; nothing has been written then but saved stages.
+    """
+    # BLAS would split sums by the number of threads; one thread keeps results independent of it.
+    with threadpoolctl.threadpool_limits(1, user_api="blas"), tempfile.TemporaryDirectory(prefix="postquant.") as temp:
+        folder = pathlib.Path(temp)
+        threads = job.config.threads or os.cpu_count() or 1
+        log = StageLog(job.progress)
+        prepared = _simplify(job, log, folder, threads)
+        reference = prepared.model
+        model, plan = _change_graph(job, reference, log, threads)
+        plan = _decide_ranges(job, model, plan, log, threads)
+        plan = _search_scales(job, reference, model, plan, log, folder, threads)
+        job.progress.stage("emit")
+        plan = fit_biases(model, plan)
+        emitted = emit(model, plan, weight_storage=job.config.weight_storage or job.target.weight_storage)
+        return _verify(job, prepared, model, plan, emitted, log, threads)
+
+
+def _simplify(job: Job, log: StageLog, folder: pathlib.Path, threads: int) -> Prepared:
+    """Opset, onnxsim, folds, normal form; equal to the original on samples."""
+    job.progress.stage("simplify")
+    prepared = prepare(
+        job.model,
+        list(job.source.read(spaced(len(job.source), _PREPARE_SAMPLES))),
+        opset=job.target.min_opset,
+        simplify=job.config.simplify,
+        custom_ops=job.config.custom_ops,
+        folder=folder,
+        threads=threads,
+    )
+    log.add("simplify", f"largest difference of an output from the original: {prepared.max_abs_error:.3g}")
+    log.note(*prepared.notes)
+    return prepared
+
+
+def _change_graph(job: Job, reference: ir.Model, log: StageLog, threads: int) -> tuple[ir.Model, QuantPlan]:
+    """Changes that leave the float outputs equal and make the tensors easier to quantize; and placement."""
+    config, source = job.config, job.source
+    model = reference.clone()
+    exact = {}
+    if _wanted(config, config.align_input):
+        job.progress.stage("align inputs")
+        names = [value.name for value in model.graph.inputs if value.name and value.dtype == ir.DataType.FLOAT]
+        grids = find_grids(source, names)
+        aligned = AlignInputPass(grids)
+        aligned(model)
+        exact = exact_quantizers(model, grids)
+        if exact:
+            log.add("align inputs", f"quantized without loss: {', '.join(sorted(exact))}")
+    if _wanted(config, config.smooth):
+        groups = smooth_groups(model)
+        if groups:
+            job.progress.stage("smooth")
+            factors = choose_smoothing(
+                model, source, groups, abits=config.abits, wbits=config.wbits, threads=threads
+            )
+            SmoothPass(factors)(model)
+            log.add("smooth", f"{len(factors)} of {len(groups)} groups of MatMul inputs", kept=bool(factors))
+    plan = place(model, job.target, placement_settings(config))
+    log.note(*plan.notes)
+    for name, quantizer in exact.items():
+        if plan.activations.get(name) == quantizer.spec:
+            plan = plan.with_activation(name, quantizer)
+    return _equalize(job, reference, model, plan, log, threads), plan
+
+
+def _equalize(
+    job: Job, reference: ir.Model, model: ir.Model, plan: QuantPlan, log: StageLog, threads: int
+) -> ir.Model:
+    """Per-channel scales between layers: those that are free, and the others, each kept only where it helps."""
+    config = job.config
+    free, cross = _wanted(config, config.equalize), _wanted(config, config.cross_layer)
+    if not (free or cross):
+        return model
+    job.progress.stage("equalize")
+    found = equalizations(model, plan, job.source, threads=threads)
+    if not found:
+        return model
+    trial = Trial(reference, job.source, threads=threads)
+    before = trial.quick(model, plan)
+    for name, wanted, chosen in (
+        ("equalize depthwise inputs", free, [e for e in found if e.group.depthwise]),
+        ("equalize across layers", cross, [e for e in found if not e.group.depthwise]),
+    ):
+        if not (wanted and chosen):
+            continue
+        changed = model.clone()
+        EqualizePass([(e.group, e.factors) for e in chosen])(changed)
+        after = trial.quick(changed, plan)
+        kept = keep_better([before, after]) == 1
+        log.add(name, f"{len(chosen)} groups", kept=kept, sqnr_db=after.sqnr_db)
+        if kept:
+            model, before = changed, after
+    return model
+
+
+def _decide_ranges(job: Job, model: ir.Model, plan: QuantPlan, log: StageLog, threads: int) -> QuantPlan:
+    """The range of every activation, and the starting scales of the weights."""
+    saved = job.checkpoint.load("ranges")
+    if saved is not None:
+        log.resume("ranges", saved.data())
+        return saved.plan()
+    config, source = job.config, job.source
+    method = range_method(config)
+    job.progress.stage("calibrate", len(source))
+    if method is not None:
+        decided = method_ranges(model, plan, source, method, threads=threads, progress=job.progress.advance)
+    else:
+        places = places_of(model, plan)
+        statistics = collect_statistics(
+            model, places, source, histogram=True, threads=threads, progress=job.progress.advance
+        )
+        options = effect_options(forward_work(model, source, threads=threads), len(places), len(source))
+        effect = None if options is None else OutputEffect(model, source, options, threads=threads)
+        if effect is None:
+            log.note("ranges were chosen by tensor error: measuring effects on the outputs would cost too much")
+        job.progress.stage("choose ranges", len(places))
+        decided = effect_ranges(model, plan, source, statistics, effect, progress=job.progress.advance)
+        plan = decided.plan
+    log.note(*decided.notes)
+    plan = start_weights(model, decided.plan, p=config.lp if config.method is Method.MSE else None)
+    if method is None:
+        plan = decide_concats(model, plan, source, log, threads=threads)
+    log.add("ranges", config.method.value)
+    job.checkpoint.save("ranges", plan=plan, data=log.since_resume())
+    return plan
+
+
+def _search_scales(
+    job: Job,
+    reference: ir.Model,
+    model: ir.Model,
+    plan: QuantPlan,
+    log: StageLog,
+    folder: pathlib.Path,
+    threads: int,
+) -> QuantPlan:
+    """EasyQuant and bias correction, each kept only where the output error falls."""
+    saved = job.checkpoint.load("search")
+    if saved is not None:
+        log.resume("search", saved.data())
+        return saved.plan()
+    config, source = job.config, job.source
+    searching, correcting = config.method is Method.EASYQUANT, _wanted(config, config.bias_correction)
+    if not (searching or correcting):
+        return plan
+    trial = Trial(reference, source, threads=threads)
+    start = trial.measure(model, plan)
+    log.add("start of the search", "ranges, largest weights", sqnr_db=start.sqnr_db)
+    means = None
+    if searching:
+        job.progress.stage("scale search", len(sites_of(model, plan)))
+        effect = OutputEffect(model, source, _judge_options(model, plan, source, threads), threads=threads)
+        search = EasyQuant(
+            model,
+            Prefix(model, source, folder, threads=threads),
+            _search_options(config),
+            WorkLimits(seed=config.seed),
+            judge=lambda tensor, reader, quantizers: effect.choose(tensor, quantizers, reader=reader).quantizer,
+        )
+        result = search.run(plan, job.progress.advance)
+        means = result.means
+        log.changes(result.changes)
+        searched = result.plan
+    else:
+        searched = plan
+    if correcting:
+        if means is None:
+            means = input_means(model, plan, source, threads=threads)
+        candidates = [plan, searched, correct_biases(model, plan, means), correct_biases(model, searched, means)]
+    else:
+        candidates = [plan, searched]
+    outcomes = [start, *(trial.measure(model, candidate) for candidate in candidates[1:])]
+    best = keep_better(outcomes)
+    if searching:
+        log.add("scale search", "weights and activations", kept=best in (1, 3), sqnr_db=outcomes[1].sqnr_db)
+    if correcting:
+        log.add("bias correction", "mean error of the weights", kept=best in (2, 3), sqnr_db=outcomes[-1].sqnr_db)
+    plan = candidates[best]
+    job.checkpoint.save("search", plan=plan, data=log.since_resume())
+    return plan
+
+
+def _verify(
+    job: Job, prepared: Prepared, model: ir.Model, plan: QuantPlan, emitted: ir.Model, log: StageLog, threads: int
+) -> Outcome:
+    """Compares the emitted model on onnxruntime with the plan and with the float model."""
+    job.progress.stage("verify")
+    samples = SubsetSource(job.source, spaced(len(job.source), job.config.verify_samples))
+    verification = verify_model(
+        model, emitted, plan, samples, threads=threads, strict=False, reference=prepared.model
+    )
+    for output in verification.outputs[:1]:
+        log.add("verify", "onnxruntime against the plan", sqnr_db=output.sqnr_db)
+    report = dataclasses.replace(
+        job.report,
+        layers=layer_reports(model, plan, verification.quality, log.layer_gains),
+        outputs=verification.outputs,
+        floats=float_reports(model, plan),
+        stages=tuple(log.stages),
+        checks=verification.checks,
+        notes=(*job.report.notes, *_unique(log.notes), *verification.notes),
+    )
+    return Outcome(emitted, plan, report, verification.failure)
+
+
+def _search_options(config: QuantConfig) -> SearchOptions:
+    return SearchOptions(
+        objective=SearchObjective(config.objective.value),
+        alpha=config.alpha,
+        beta=config.beta,
+        candidates=config.candidates,
+        rounds=config.rounds,
+        centred=_wanted(config, config.bias_correction),
+    )
+
+
+def _judge_options(model: ir.Model, plan: QuantPlan, source: CalibrationSource, threads: int):
+    work = forward_work(model, source, threads=threads)
+    return effect_options(work, len(plan.activations), len(source))
+
+
+def _wanted(config: QuantConfig, switch: bool | None) -> bool:
+    """Whether a technique is on: as the switch says or, where it is left open, with EasyQuant only."""
+    return config.method is Method.EASYQUANT if switch is None else switch
+
+
+def _unique(notes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(notes))

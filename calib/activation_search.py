@@ -1,4 +1,4 @@
-"""EasyQuant's search of an activation's scale against the outputs of the layers that read it (algorithm 1, activations).
+"""EasyQuant's search of an activation's scale against the outputs of its readers (algorithm 1, activations).
 
 Candidates are ``S = S0 * linspace(alpha, beta, n)``, ``S = 1 / scale``; the zero point moves with the scale so that
 the range keeps its proportion of negative values. Each is judged by the layers' outputs on sampled rows,
@@ -54,8 +54,13 @@ def scaled(start: TensorQuantizer, multiple: float) -> TensorQuantizer:
 
     The range's ends are the real ones behind the rounded zero point, so a multiple of 1 changes nothing.
     """
+    spec = start.spec
+    if spec.symmetric:
+        # Not its range: that of signed codes has one step more below zero than above.
+        top = start.scale * np.float32(spec.qmax if spec.signed else spec.qmax - 2 ** (spec.bits - 1)) / multiple
+        return TensorQuantizer.from_range(spec, -top, top)
     low, high = start.range()
-    return TensorQuantizer.from_range(start.spec, low / multiple, high / multiple)
+    return TensorQuantizer.from_range(spec, low / multiple, high / multiple)
 
 
 def score_of(quantizer: TensorQuantizer, readers: Sequence[Reader], objective: Objective) -> float:

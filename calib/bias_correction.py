@@ -38,9 +38,10 @@ def corrected_bias(
     Returns:
         (C_out,) float32.
     """
-    error = layer.matrix(quantizer.simulate(weight)).astype(np.float64) - layer.matrix(weight)
+    error = layer.matrix(quantizer.simulate(weight)).astype(np.float64) - layer.matrix(weight).astype(np.float64)
     shift = np.einsum("gk,gkm->gm", mean.astype(np.float64), error).reshape(-1)
-    return (bias - layer.gain * shift).astype(np.float32)
+    corrected: FloatArray = (bias - layer.gain * shift).astype(np.float32)
+    return corrected
 
 
 def correct_biases(model: ir.Model, plan: QuantPlan, means: Mapping[str, FloatArray]) -> QuantPlan:
@@ -57,7 +58,8 @@ def correct_biases(model: ir.Model, plan: QuantPlan, means: Mapping[str, FloatAr
         if layer.bias is None or layer.name not in means or not isinstance(entry, TensorQuantizer):
             continue
         weight, bias = (model.graph.initializers[name].const_value for name in (layer.weight, layer.bias))
-        assert weight is not None and bias is not None
+        assert weight is not None
+        assert bias is not None
         array = weight.numpy().astype(np.float32, copy=False)
         biases[layer.bias] = corrected_bias(layer, array, bias.numpy(), entry, means[layer.name])
         del array

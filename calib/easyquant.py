@@ -58,10 +58,10 @@ class WorkLimits:
         seed: Of the sampled positions.
     """
 
-    positions_per_sample: int = 64
+    positions_per_sample: int = 49
     search_samples: int = 64
     search_rows: int = 8192
-    search_elements: int = 1 << 19
+    search_elements: int = 1 << 18
     max_depth: int = 2048
     seed: int = 0
 

@@ -32,7 +32,7 @@ DoubleArray = npt.NDArray[np.float64]
 
 STRENGTHS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 # A channel that is hardly ever active would get an enormous factor for nothing.
-LARGEST_FACTOR = 32.0
+LARGEST_FACTOR = 8.0
 
 
 def full_factors(magnitude: DoubleArray) -> DoubleArray:
@@ -135,7 +135,7 @@ class Equalization:
 
 
 def equalizations(
-    model: ir.Model, plan: QuantPlan, source: CalibrationSource, *, samples: int = 64, threads: int = 1
+    model: ir.Model, plan: QuantPlan, source: CalibrationSource, *, samples: int = 128, threads: int = 1
 ) -> list[Equalization]:
     """Factors for every group of a model that has a quantized value and gains something.
 

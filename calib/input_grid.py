@@ -6,8 +6,8 @@ levels 0 and S,
 
     p = S (x - min) / (max - min)    must be close to an integer for every x
 
-and the smallest S up to 255 for which that holds is the grid; least squares over all distinct values then gives step and
-offset. Noise, features and images resized in float have no such S.
+and the smallest S up to 255 for which that holds is the grid; least squares over all distinct values then gives step
+and offset. Noise, features and images resized in float have no such S.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from postquant.calib.source import CalibrationSource
-from postquant.passes.align_input import GRID_LEVELS, GRID_TOLERANCE, InputGrid
+from postquant.passes.input_levels import GRID_LEVELS, GRID_TOLERANCE, InputGrid
 
 FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
@@ -43,7 +43,7 @@ def find_grids(source: CalibrationSource, names: Iterable[str]) -> dict[str, Inp
 
     Returns:
         Input name -> grid, for the inputs that have one. Steps and offsets are per index of axis 1. Where all channels
-        share a grid that one scale and zero point represent, it is :attr:`InputGrid.aligned`.
+        share a grid that one scale and zero point represent, it is :attr:`InputGrid.uniform`.
     """
     seen = {name: _Values() for name in names}
     for sample in source:

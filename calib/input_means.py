@@ -16,7 +16,13 @@ FloatArray = npt.NDArray[np.float32]
 
 
 def input_means(
-    model: ir.Model, plan: QuantPlan, source: CalibrationSource, *, samples: int = 64, positions: int = 64, threads: int = 1
+    model: ir.Model,
+    plan: QuantPlan,
+    source: CalibrationSource,
+    *,
+    samples: int = 64,
+    positions: int = 64,
+    threads: int = 1,
 ) -> dict[str, FloatArray]:
     """(G, K) mean of the float rows of each layer with a quantized weight and a bias.
 

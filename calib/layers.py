@@ -12,17 +12,18 @@ scale search, bias correction) is written once, on these matrices.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from postquant.calib.tap_positions import Taps, tap_positions
 from postquant.passes import semantics
 
+T = TypeVar("T", bound=np.generic)
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
@@ -49,8 +50,10 @@ class Layer:
         if semantics.weight_index(node) != 1:
             return None
         weight = node.inputs[1]
-        assert weight is not None and weight.const_value is not None and weight.name is not None
-        shape = tuple(int(d) for d in weight.const_value.shape)
+        assert weight is not None
+        assert weight.const_value is not None
+        assert weight.name is not None
+        shape = tuple(weight.const_value.shape.numpy())
         if node.op_type == "MatMul" and len(shape) != 2:
             return None
         if node.op_type == "Gemm" and _attribute(node, "transA", 0):
@@ -67,7 +70,8 @@ class Layer:
     def input(self) -> str:
         """Name of the activation that the node reads."""
         value = self.node.inputs[0]
-        assert value is not None and value.name is not None
+        assert value is not None
+        assert value.name is not None
         return value.name
 
     @property
@@ -128,17 +132,17 @@ class Layer:
         """Factor of the product (Gemm's alpha)."""
         return float(_attribute(self.node, "alpha", 1.0)) if self.node.op_type == "Gemm" else 1.0
 
-    def matrix(self, weight: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    def matrix(self, weight: npt.NDArray[T]) -> npt.NDArray[T]:
         """The weight tensor as (G, K, M)."""
         if self.node.op_type == "Conv":
             grouped = weight.reshape(self.groups, self.shape[0] // self.groups, -1)
             return np.ascontiguousarray(grouped.transpose(0, 2, 1))
         if self.node.op_type == "ConvTranspose":
-            grouped = weight.reshape(self.groups, self.shape[0] // self.groups, self.shape[1], -1)
-            return np.ascontiguousarray(grouped.transpose(0, 1, 3, 2)).reshape(self.groups, self.depth, self.shape[1])
+            by_tap = weight.reshape(self.groups, self.shape[0] // self.groups, self.shape[1], -1)
+            return np.ascontiguousarray(by_tap.transpose(0, 1, 3, 2)).reshape(self.groups, self.depth, self.shape[1])
         return (weight.T if self._transposed else weight)[np.newaxis]
 
-    def tensor(self, matrix: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    def tensor(self, matrix: npt.NDArray[T]) -> npt.NDArray[T]:
         """The inverse of :meth:`matrix`."""
         if self.node.op_type == "Conv":
             return np.ascontiguousarray(matrix.transpose(0, 2, 1)).reshape(self.shape)
@@ -148,13 +152,13 @@ class Layer:
             return np.ascontiguousarray(grouped.transpose(0, 1, 3, 2)).reshape(self.shape)
         return np.ascontiguousarray(matrix[0].T if self._transposed else matrix[0])
 
-    def per_output(self, scale: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    def per_output(self, scale: npt.NDArray[T]) -> npt.NDArray[T]:
         """A weight quantizer's () or (C,) numbers as (G, 1, M), to broadcast over :meth:`matrix`."""
         if scale.ndim == 0:
             return np.broadcast_to(scale, (self.groups, 1, self.out_channels // self.groups))
         return scale.reshape(self.groups, 1, -1)
 
-    def per_scale(self, values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    def per_scale(self, values: npt.NDArray[T]) -> npt.NDArray[T]:
         """The inverse of :meth:`per_output` for a quantizer with a scale per channel."""
         return values.reshape(-1)
 
@@ -167,7 +171,7 @@ class Layer:
         """Number of output positions (rows) for an input of this shape."""
         if not self.spatial:
             return math.prod(shape[:-1])
-        return int(shape[0]) * math.prod(self._geometry(tuple(shape[2:])).out)
+        return int(shape[0]) * math.prod(self._taps(tuple(shape[2:])).out)
 
     def rows(self, x: FloatArray, chosen: IntArray | None = None) -> FloatArray:
         """The rows of an input.
@@ -182,23 +186,23 @@ class Layer:
         if not self.spatial:
             flat = x.reshape(-1, x.shape[-1])
             return (flat if chosen is None else flat[chosen])[:, np.newaxis]
-        geometry = self._geometry(x.shape[2:])
-        count = math.prod(geometry.out)
+        taps = self._taps(x.shape[2:])
+        count = math.prod(taps.out)
         if chosen is None:
             chosen = np.arange(x.shape[0] * count)
         sample, position = np.divmod(chosen, count)
         channels = x.shape[1]
-        if geometry.pointwise:
+        if taps.pointwise:
             rows = x.reshape(x.shape[0], channels, -1)[sample, :, position]
         else:
             # One more, zero, position stands for everything outside of the input.
             padded = np.zeros((x.shape[0], channels, math.prod(x.shape[2:]) + 1), np.float32)
             padded[:, :, :-1] = x.reshape(x.shape[0], channels, -1)
-            rows = padded[sample[:, np.newaxis], :, geometry.source(position)]  # (P, taps, C)
+            rows = padded[sample[:, np.newaxis], :, taps.source(position)]  # (P, taps, C)
             rows = rows.transpose(0, 2, 1)
         return np.ascontiguousarray(rows).reshape(len(chosen), self.groups, self.depth)
 
-    def _geometry(self, size: tuple[int, ...]) -> _Geometry:
+    def _taps(self, size: tuple[int, ...]) -> Taps:
         node = self.node
         kernel = self.shape[2:]
         rank = len(kernel)
@@ -208,88 +212,9 @@ class Layer:
         auto = _attribute(node, "auto_pad", "NOTSET")
         extra = tuple(_attribute(node, "output_padding", [0] * rank))
         given = tuple(_attribute(node, "output_shape", []))
-        return _geometry(
+        return tap_positions(
             node.op_type == "ConvTranspose", tuple(size), kernel, strides, dilations, pads, str(auto), extra, given
         )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Geometry:
-    """Where each tap of each output position reads.
-
-    Attributes:
-        out: Output size.
-        taps: Per spatial axis, (out, kernel) input coordinates, -1 outside.
-        size: Input size.
-        pointwise: Whether position p reads exactly input position p.
-    """
-
-    out: tuple[int, ...]
-    taps: tuple[IntArray, ...]
-    size: tuple[int, ...]
-    pointwise: bool
-
-    def source(self, position: IntArray) -> IntArray:
-        """(P, taps) flat input positions; those outside are the input's size."""
-        coordinates = np.unravel_index(position, self.out)
-        rank = len(self.out)
-        flat = np.zeros((len(position), *[1] * rank), np.int64)
-        outside = np.zeros_like(flat, bool)
-        for axis in range(rank):
-            shape = [len(position), *[1] * rank]
-            shape[axis + 1] = -1
-            index = self.taps[axis][coordinates[axis]].reshape(shape)
-            outside = outside | (index < 0)
-            flat = flat * self.size[axis] + index
-        return np.where(outside, math.prod(self.size), flat).reshape(len(position), -1)
-
-
-@functools.lru_cache(maxsize=256)
-def _geometry(
-    transposed: bool,
-    size: tuple[int, ...],
-    kernel: tuple[int, ...],
-    strides: tuple[int, ...],
-    dilations: tuple[int, ...],
-    pads: tuple[int, ...],
-    auto_pad: str,
-    output_padding: tuple[int, ...],
-    output_shape: tuple[int, ...],
-) -> _Geometry:
-    """Output size and tap positions, as the ONNX operators Conv and ConvTranspose define them."""
-    rank = len(kernel)
-    out: list[int] = []
-    taps: list[IntArray] = []
-    for i in range(rank):
-        reach = (kernel[i] - 1) * dilations[i] + 1
-        begin, end = pads[i], pads[i + rank]
-        if transposed:
-            full = (size[i] - 1) * strides[i] + reach + output_padding[i]
-            if output_shape or auto_pad.startswith("SAME"):
-                length = output_shape[-rank + i] if output_shape else size[i] * strides[i]
-                total = max(full - length, 0)
-                begin = total - total // 2 if auto_pad != "SAME_UPPER" else total // 2
-                end = total - begin
-            length = full - begin - end
-            o = np.arange(length)[:, np.newaxis] + begin - np.arange(kernel[i]) * dilations[i]
-            source = np.where((o % strides[i] == 0) & (o >= 0), o // strides[i], -1)
-        else:
-            if auto_pad.startswith("SAME"):
-                length = -(-size[i] // strides[i])
-                total = max((length - 1) * strides[i] + reach - size[i], 0)
-                begin = total // 2 if auto_pad == "SAME_UPPER" else total - total // 2
-            elif auto_pad == "VALID":
-                begin = 0
-                length = (size[i] - reach) // strides[i] + 1
-            else:
-                length = (size[i] + begin + end - reach) // strides[i] + 1
-            source = np.arange(length)[:, np.newaxis] * strides[i] - begin + np.arange(kernel[i]) * dilations[i]
-        taps.append(np.where((source >= 0) & (source < size[i]), source, -1))
-        out.append(length)
-    pointwise = tuple(out) == tuple(size) and all(
-        t.shape[1] == 1 and (t[:, 0] == np.arange(n)).all() for t, n in zip(taps, size, strict=True)
-    )
-    return _Geometry(tuple(out), tuple(taps), tuple(size), pointwise)
 
 
 def _attribute(node: ir.Node, name: str, default: Any) -> Any:

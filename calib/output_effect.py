@@ -45,7 +45,7 @@ class EffectOptions:
         finalists: Candidates that survive the screening.
     """
 
-    samples: int = 24
+    samples: int = 16
     screening: int = 4
     finalists: int = 2
 

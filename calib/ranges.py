@@ -28,7 +28,7 @@ _HISTOGRAM_ELEMENTS = 1 << 15
 # Multiply-accumulates that measuring effects may cost; MobileNetV2 at 224 x 224 takes a third of it.
 EFFECT_WORK = 3.0e12
 _CANDIDATES = 8
-_MOST_SAMPLES = 96
+_MOST_SAMPLES = 192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +178,7 @@ def effect_options(work: float, tensors: int, samples: int, *, budget: float = E
         budget: Multiply-accumulates in all; a candidate costs half a run, on average.
     """
     least, default = EffectOptions(samples=8, screening=3), EffectOptions()
-    for count in (_MOST_SAMPLES, 64, 48, 32, default.samples, 16, 12, least.samples):
+    for count in (_MOST_SAMPLES, 128, 96, 64, 48, 32, default.samples, 16, 12, least.samples):
         screening = max(least.screening, count // 6)
         runs = screening * _CANDIDATES + (count - screening) * default.finalists + count
         if tensors * runs * work / 2 <= budget * (1.0 if count <= default.samples else 0.2):

@@ -112,7 +112,8 @@ def _input_of(model: ir.Model, key: str) -> str:
     for node in model.graph:
         if node.name == name:
             value = node.inputs[int(index)]
-            assert value is not None and value.name is not None
+            assert value is not None
+            assert value.name is not None
             return value.name
     raise KeyError(key)
 

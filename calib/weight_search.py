@@ -7,9 +7,9 @@ from the largest magnitude. All channels are searched at once; a candidate's out
 
 from second moments (:mod:`postquant.calib.moments`) over all samples, with ``o`` the output of the float weights on the
 same, quantized inputs. (The paper compares with the float network's output. On MobileNetV2 that is harmful: the scales
-then make up for what clipping did to a few samples upstream, at the expense of all others; see docs/easyquant.md.) Cosine does not see a gain, so the winner's
-scale is then multiplied by the least-squares gain ``<o~, o> / <o~, o~>``: its codes stay, its error becomes the
-smallest that these codes can have.
+then make up for what clipping did to a few samples upstream, at the expense of all others; see docs/easyquant.md.)
+Cosine does not see a gain, so the winner's scale is then multiplied by the least-squares gain ``<o~, o> / <o~, o~>``:
+its codes stay, its error becomes the smallest that these codes can have.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ class SearchOptions:
 
 def quantize_matrix(matrix: FloatArray, scale: npt.NDArray[np.floating], qmin: int, qmax: int) -> FloatArray:
     """Integer codes (as float32) of a (G, K, M) matrix with (G, 1, M) scales, rounded to nearest."""
-    return np.clip(np.rint(matrix / scale), np.float32(qmin), np.float32(qmax))
+    codes: FloatArray = np.clip(np.rint(matrix / scale), np.float32(qmin), np.float32(qmax)).astype(
+        np.float32, copy=False
+    )
+    return codes
 
 
 class WeightProblem:
@@ -78,7 +81,7 @@ class WeightProblem:
         self.matrix = layer.matrix(weight).astype(np.float32)
         self.moments = moments
         self._square = moments.square.astype(np.float32)
-        # With w~ = w + d: <o~,o> = w'Hw + d'(Hw) and |o~|^2 = w'Hw + 2 d'(Hw) + d'Hd; the small parts keep their digits.
+        # With w~ = w + d: <o~,o> = w'Hw + d'(Hw), |o~|^2 = w'Hw + 2 d'(Hw) + d'Hd; the small parts keep their digits.
         exact = self.matrix.astype(np.float64)
         response = moments.square @ exact
         self.energy = np.einsum("gkm,gkm->gm", exact, response)
@@ -93,7 +96,8 @@ class WeightProblem:
     def error(self, candidate: FloatArray) -> DoubleArray:
         """``|o~ - o|^2`` per output channel, (G, M)."""
         d = candidate - self.matrix
-        return np.maximum(np.einsum("gkm,gkm->gm", d, self._square @ d), 0.0).astype(np.float64)
+        error: DoubleArray = np.maximum(np.einsum("gkm,gkm->gm", d, self._square @ d), 0.0).astype(np.float64)
+        return error
 
 
 def problem_of(layer: Layer, weight: FloatArray, moments: Moments, options: SearchOptions) -> WeightProblem:
@@ -114,7 +118,8 @@ def search_weight(
         options: Settings.
 
     Returns:
-        A quantizer with scales (and, for cosine, explicit codes). Channels whose error no candidate lowers keep ``start``.
+        A quantizer with scales (and, for cosine, explicit codes). Channels whose error no candidate lowers keep
+        ``start``.
     """
     problem = problem_of(layer, weight, moments, options)
     spec = start.spec
@@ -128,12 +133,8 @@ def search_weight(
         codes = quantize_matrix(problem.matrix, scale, spec.qmin, spec.qmax)
         inner, norm = problem.products(codes * scale)
         score, gain = _score(inner, norm, options.objective)
-        if spec.axis is None:  # one scale: one score
-            total = (
-                (inner**2 / np.maximum(norm, 1e-300)).sum() if options.objective is Objective.COSINE else score.sum()
-            )
-            score = np.full_like(score, total)
-            gain = np.full_like(gain, inner.sum() / max(norm.sum(), 1e-300))
+        if spec.axis is None:  # one scale: the outputs of all channels are one vector
+            score, gain = _score(np.full_like(inner, inner.sum()), np.full_like(norm, norm.sum()), options.objective)
         best.offer(score, gain, scale, index)
 
     judge(None)
@@ -184,9 +185,6 @@ def _with_gain(
     codes = quantize_matrix(problem.matrix, scale, spec.qmin, spec.qmax)
     final = scale if gain is None else scale * np.clip(gain, 0.5, 2.0)[:, np.newaxis].astype(np.float32)
     final = np.maximum(final, SMALLEST_SCALE)
-    if spec.axis is None:
-        scales = np.float32(final.reshape(-1)[0])
-    else:
-        scales = layer.per_scale(final).astype(np.float32)
+    scales = np.asarray(final.reshape(-1)[0] if spec.axis is None else layer.per_scale(final), np.float32)
     explicit = None if gain is None else layer.tensor(codes).astype(spec.container)
     return dataclasses.replace(start, scale=scales, codes=explicit)

@@ -1,14 +1,14 @@
 """Image inputs on the grid of their 8-bit originals, so that quantizing them loses nothing: :class:`AlignInputPass`.
 
-Images are integers 0 .. 255 before an exporter's preprocessing normalises each channel, ``x_c = step_c * p + offset_c``.
-Where one scale and zero point for the whole tensor cannot hit the grids of all channels, the pass inserts
+Images are integers 0 .. 255 before preprocessing normalises each channel, ``x_c = step_c * p + offset_c``. Where one
+scale and zero point for the whole tensor cannot hit the grids of all channels, the pass inserts
 
     x -> Pad(0) -> Mul(1 / step_c) -> Add(-offset_c / step_c) -> p -> Conv
 
-and gives the convolution ``W'_c = step_c W_c`` and ``b' = b + sum W_c offset_c``: the same function of ``x``, and its input
-holds the integers themselves, which scale 1 and zero point 0 represent exactly. The convolution's zero padding means
-``x = 0``, which is another ``p`` in each channel; therefore the Pad, in front of the other two. (Quantization rounds the
-padded places to the nearest integer, the only error that remains.)
+and gives the convolution ``W'_c = step_c W_c`` and ``b' = b + sum W_c offset_c``: the same function of ``x``. Its input
+now holds the integers themselves, which scale 1 and zero point 0 represent exactly. The convolution's zero padding is
+``x = 0``, another ``p`` in each channel; hence the Pad in front. Quantization rounds the padded places to the nearest
+integer, the only error that remains.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from postquant.passes.input_levels import GRID_LEVELS, U8, InputGrid
 from postquant.passes.layer import Layer, as_layer
 from postquant.passes.plan import QuantPlan
 from postquant.passes.qdq import Builder
@@ -27,78 +28,13 @@ from postquant.passes.rewiring import Initializers, constant_array, is_op
 from postquant.runtime_ops.quantizer import TensorQuantizer
 from postquant.runtime_ops.spec import QuantSpec
 
-Vector = npt.NDArray[np.float64]
-
-GRID_LEVELS = 256
-# Values this far from the grid, in steps, are still on it: float32 preprocessing is a hundred times as precise.
-GRID_TOLERANCE = 0.01
-
-_U8 = QuantSpec(8, signed=False, symmetric=False)
 _REASON = "it turns the input into integers, in front of the first quantizer"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class InputGrid:
-    """Where the values of an input lie: ``x_c = step_c * p + offset_c`` with integers ``p``.
-
-    Attributes:
-        step: (C,) float64, > 0, input units per level, for each index of axis 1.
-        offset: (C,) float64, value of the level 0.
-        levels: ``p`` is in ``0 .. levels - 1``; 2 to 256.
-    """
-
-    step: Vector
-    offset: Vector
-    levels: int
-
-    def __post_init__(self) -> None:
-        if self.step.ndim != 1 or self.step.shape != self.offset.shape:
-            raise ValueError(f"a step {self.step.shape} and an offset {self.offset.shape} per channel are needed")
-        if not (np.isfinite(self.step).all() and np.isfinite(self.offset).all() and (self.step > 0).all()):
-            raise ValueError("steps must be positive, steps and offsets finite")
-        if not 2 <= self.levels <= GRID_LEVELS:
-            raise ValueError(f"a grid has 2 to {GRID_LEVELS} levels, not {self.levels}")
-
-    @property
-    def zeros(self) -> Vector:
-        """(C,) float64: the level, in general no integer, that stands for ``x = 0``."""
-        return -self.offset / self.step
-
-    @property
-    def aligned(self) -> bool:
-        """Whether one scale and zero point represent all channels as they are, so that the graph need not change.
-
-        >>> InputGrid(np.full(3, 1 / 255), np.zeros(3), 256).aligned
-        True
-        >>> InputGrid(np.full(3, 1 / 127.5), -np.ones(3), 256).aligned  # zero is level 127.5
-        False
-        """
-        zeros, step = self.zeros, float(self.step[0])
-        drift = float(np.abs(self.step / step - 1).max()) * (self.levels - 1)
-        zero = round(float(zeros[0]))
-        return drift <= GRID_TOLERANCE and 0 <= zero < GRID_LEVELS and bool(np.all(np.abs(zeros - zero) <= GRID_TOLERANCE))
-
-    def quantizer(self, spec: QuantSpec = _U8) -> TensorQuantizer | None:
-        """The quantizer that is exact on the input itself (:attr:`aligned`) or on the aligned value; None if none is.
-
-        Args:
-            spec: The format that it must have.
-        """
-        if spec.axis is not None or spec.qmax - spec.qmin + 1 < self.levels:
-            return None
-        step, zero = (float(self.step[0]), round(float(self.zeros[0]))) if self.aligned else (1.0, 0)
-        zero += spec.qmin
-        if zero > spec.qmax or (spec.symmetric and zero != (0 if spec.signed else 2 ** (spec.bits - 1))):
-            return None
-        if spec.power_of_two and np.frexp(step)[0] != 0.5:
-            return None
-        return TensorQuantizer(spec, np.float32(step), np.int32(zero))  # type: ignore[arg-type]
 
 
 class AlignInputPass(ir.passes.InPlacePass):
     """Inserts Pad, Mul and Add behind graph inputs, and changes the convolutions that read them.
 
-    1. An input that is :attr:`InputGrid.aligned` already stays as it is.
+    1. An input whose grid is :attr:`InputGrid.uniform` stays as it is.
     2. Every reader must be a Conv of the main graph with constant weights and bias, all with the same padding.
     3. Padding must be known (``auto_pad`` needs static sizes), and ``x = 0`` must be a level within 0 .. 255.
 
@@ -121,7 +57,7 @@ class AlignInputPass(ir.passes.InPlacePass):
         modified = False
         for value in list(model.graph.inputs):
             grid = self._grids.get(value.name or "")
-            if grid is None or grid.aligned or aligned_value(value, grid) is not None:
+            if grid is None or grid.uniform or aligned_value(value, grid) is not None:
                 continue
             try:
                 layers, pads = _readers(value, grid, model.graph)
@@ -237,17 +173,21 @@ def _chain(value: ir.Value, grid: InputGrid) -> list[ir.Node]:
     """The nodes that align an input, recognised by their constants; [] where there are none."""
     nodes: list[ir.Node] = []
     current = value
-    uses = current.uses()
+    uses = tuple(current.uses())
     if len(uses) == 1 and is_op(uses[0].node, "Pad"):
         nodes.append(uses[0].node)
         current = nodes[-1].outputs[0]
     for op_type, index in (("Mul", 0), ("Add", 1)):
-        uses = current.uses()
+        uses = tuple(current.uses())
         if len(uses) != 1 or not is_op(uses[0].node, op_type):
             return []
         node = uses[0].node
         constant = constant_array(node.inputs[1])
-        if constant is None or constant.ndim < 3 or not np.array_equal(constant, _constants(grid, constant.ndim)[index]):
+        if (
+            constant is None
+            or constant.ndim < 3
+            or not np.array_equal(constant, _constants(grid, constant.ndim)[index])
+        ):
             return []
         nodes.append(node)
         current = node.outputs[0]
@@ -264,13 +204,13 @@ def _stored(model: ir.Model, grids: Mapping[str, InputGrid]) -> Iterator[tuple[i
     """Input, value that is quantized in its place, and grid, wherever that quantization can be exact."""
     for value in model.graph.inputs:
         grid = grids.get(value.name or "")
-        stored = None if grid is None else value if grid.aligned else aligned_value(value, grid)
+        stored = None if grid is None else value if grid.uniform else aligned_value(value, grid)
         if grid is not None and stored is not None:
             yield value, stored, grid
 
 
 def exact_quantizers(
-    model: ir.Model, grids: Mapping[str, InputGrid], spec: QuantSpec = _U8
+    model: ir.Model, grids: Mapping[str, InputGrid], spec: QuantSpec = U8
 ) -> dict[str, TensorQuantizer]:
     """Quantizers that represent inputs without error.
 
@@ -306,5 +246,5 @@ def with_exact_inputs(plan: QuantPlan, model: ir.Model, grids: Mapping[str, Inpu
         quantizer = None if spec is None else grid.quantizer(spec)
         if quantizer is not None:
             plan = plan.with_activation(name, quantizer)
-        floats.update({node.name or "": _REASON for node in _chain(value, grid) if node.name in floats})
+            floats.update({node.name or "": _REASON for node in _chain(value, grid) if node.name in floats})
     return dataclasses.replace(plan, floats=floats)

@@ -9,6 +9,7 @@ Names (a number is appended where the model has such a name already):
 | weight or bias ``w``                   | ``w_quantized`` (codes), ``w_dequantized``                              |
 | their constants                        | ``..._scale``, ``..._zero_point``, ``..._low``, ``..._high``            |
 | graph output ``x`` read dequantized    | ``x`` is the dequantized value; the original one becomes ``x_float``    |
+| barrier in front of a float node       | ``<its input>_barrier`` (:mod:`postquant.passes.barriers`)              |
 
 Relu and Clip in front of a quantizer disappear: quantization is monotonic, so clipping to ``[l, h]`` and quantizing
 equals quantizing and clipping codes to ``[q(l), q(h)]``, exactly. Where ``[q(l), q(h)]`` is the whole container the
@@ -23,6 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 from postquant.passes import semantics
+from postquant.passes.barriers import add_barriers
 from postquant.passes.biases import bias_scale, bias_values, integer_bias, weight_scale
 from postquant.passes.plan import QuantPlan
 from postquant.passes.qdq import Builder
@@ -73,6 +75,7 @@ class _Emission:
         self.nodes = {node.name: node for node in self.graph}
         self.integer = {node for node in self.graph if node.name not in plan.floats}
         self.written_biases: set[str] = set()
+        self.overflowing_biases: set[str] = set()
         self._check_names()
 
     def run(self) -> None:
@@ -86,6 +89,7 @@ class _Emission:
         for name, corrected in self.plan.biases.items():
             if name not in self.written_biases:  # those of weights that stay in float
                 self.graph.initializers[name].const_value = ir.Tensor(np.asarray(corrected, np.float32), name=name)
+        add_barriers(self.graph, self.build, self.overflowing_biases)
 
     def _check_names(self) -> None:
         values = {v.name for v in self.graph.inputs} | {v.name for node in self.graph for v in node.outputs}
@@ -219,6 +223,7 @@ class _Emission:
             if codes is not None:
                 self.build.dequantize_bias(bias, codes, scale)
                 return
+            self.overflowing_biases.add(bias.name)
         bias.const_value = ir.Tensor(values, name=bias.name)
 
 

@@ -80,7 +80,7 @@ def _linked_inputs(node: ir.Node) -> list[ir.Value]:
     first = node.inputs[0] if node.inputs else None
     if first is None or node.domain not in ("", "ai.onnx"):
         return []
-    if node.op_type in _HOMOGENEOUS or is_op(node, "Flatten") and is_op(first.producer(), "GlobalAveragePool"):
+    if node.op_type in _HOMOGENEOUS or (is_op(node, "Flatten") and is_op(first.producer(), "GlobalAveragePool")):
         return [first]
     if node.op_type == "Clip":
         bounds = semantics.clip_bounds(node)

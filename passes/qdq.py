@@ -107,6 +107,26 @@ class Builder:
             exact=output is not None,
         )
 
+    def saturate_fully(self, codes: ir.Value) -> None:
+        """Puts a Clip that changes nothing between 8-bit codes and their readers."""
+        dtype = codes.dtype
+        assert dtype is not None
+        limits = np.iinfo(dtype.numpy())
+        name = (codes.name or "").removesuffix("_quantized")
+        uses = tuple(codes.uses())
+        bounds = [
+            self.initializer(f"{name}_low", np.asarray(limits.min, dtype.numpy())),
+            self.initializer(f"{name}_high", np.asarray(limits.max, dtype.numpy())),
+        ]
+        result = self._append("Clip", [codes, *bounds], f"{name}_saturated", dtype, codes, codes.producer())
+        for use in uses:
+            use.node.replace_input_with(use.idx, result)
+
+    def barrier(self, value: ir.Value) -> ir.Value:
+        """A copy of a float value behind a Max of one value, which onnxruntime does not look through."""
+        dtype = value.dtype or ir.DataType.FLOAT
+        return self._append("Max", [value], f"{value.name}_barrier", dtype, value, value.producer())
+
     def dequantize_weight(
         self, weight: ir.Value, quantizer: TensorQuantizer, *, scale: npt.NDArray[np.float32], packed: bool
     ) -> None:

@@ -12,6 +12,8 @@ any inner value can be an output or, to run a part only, an input. One copy of l
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -45,6 +47,9 @@ _NUMPY_TYPES = frozenset(
     )
 )
 _FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
+# What onnxruntime says about an operator or a domain that it does not have.
+_UNKNOWN_OPERATOR = ("is not a registered function/op", "No opset import", "No Op registered")
+_LIBRARIES: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("custom operators", default=())
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 
@@ -83,6 +88,23 @@ class Session:
         except Exception as error:  # onnxruntime's exceptions share no base class below Exception
             raise ModelError("onnxruntime cannot run the model", found=first_sentence(error)) from error
         return dict(zip(names, results, strict=True))
+
+
+@contextlib.contextmanager
+def custom_operators(libraries: Iterable[str | os.PathLike[str]]) -> Iterator[None]:
+    """Registers libraries of custom operators with every session that is made inside the block.
+
+    A model that needs them needs them wherever a part of it runs, in calibration as in verification.
+
+    Args:
+        libraries: Paths; those of an outer block stay registered.
+    """
+    known = (*_LIBRARIES.get(), *(os.fspath(library) for library in libraries))
+    token = _LIBRARIES.set(tuple(dict.fromkeys(known)))
+    try:
+        yield
+    finally:
+        _LIBRARIES.reset(token)
 
 
 def first_sentence(error: BaseException) -> str:
@@ -134,7 +156,7 @@ def make_session(
             of its weight, it makes a copy of that weight.
         prepack: Whether onnxruntime may keep a rearranged copy of the weights: faster runs, more memory.
             None: as long as the weights are smaller than 256 MB.
-        custom_ops: Libraries of custom operators to register.
+        custom_ops: Libraries of custom operators to register, besides those of :func:`custom_operators`.
         options: Session options to use instead of :func:`session_options`; they are changed.
 
     Raises:
@@ -145,13 +167,13 @@ def make_session(
         prepack = sum(value.const_value.nbytes for value in cut.initializers if value.const_value) < _PREPACK_BYTES
     if options is None:
         options = session_options(threads=threads, optimize=optimize, prepack=prepack)
-    for library in custom_ops:
+    for library in dict.fromkeys((*_LIBRARIES.get(), *(os.fspath(path) for path in custom_ops))):
         try:
-            options.register_custom_ops_library(os.fspath(library))
+            options.register_custom_ops_library(library)
         except Exception as error:  # onnxruntime's exceptions share no base class below Exception
             raise ModelError(
                 "the library of custom operators cannot be loaded",
-                where=os.fspath(library),
+                where=library,
                 found=first_sentence(error),
             ) from error
     proto, folder, values = _message(model, cut, dtypes or {})
@@ -162,7 +184,10 @@ def make_session(
     try:
         session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class below Exception
-        raise ModelError("onnxruntime cannot load the model", found=first_sentence(error)) from error
+        reason = first_sentence(error)
+        unknown = any(text in reason for text in _UNKNOWN_OPERATOR)
+        hint = "if a library implements this operator for onnxruntime, name it: --custom-ops, custom_ops"
+        raise ModelError("onnxruntime cannot load the model", found=reason, hint=hint if unknown else None) from error
     return Session(session, tuple(values.values()), [value.name or "" for value in cut.outputs])
 
 

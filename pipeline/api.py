@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from postquant.passes.plan import QuantPlan, write_atomically
+from postquant.passes.session import custom_operators
 from postquant.passes.target import Target, load_target
 from postquant.pipeline.checkpoint import Checkpoint
 from postquant.pipeline.config import QuantConfig
@@ -112,6 +113,7 @@ def quantize(
     progress = progress or NullProgress()
     _check_libraries(config)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(custom_operators(config.custom_ops))
         folder = None
         if out is not None:
             folder = pathlib.Path(out)
@@ -142,7 +144,7 @@ def _job(
     folder: pathlib.Path | None,
 ) -> Job:
     """Reads and checks everything that the run depends on."""
-    model = load_model(path, custom_ops=config.custom_ops)
+    model = load_model(path)
     external = external_files(model)
     size = sum(file.stat().st_size for file in (path, *external))
     if folder is not None:

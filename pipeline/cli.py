@@ -43,6 +43,7 @@ Data = Annotated[str, typer.Option("--data", metavar="DATA", help="Samples: a .n
 Config = Annotated[
     str | None, typer.Option("--config", metavar="FILE", help="quant.toml with [image] for a folder of images.")
 ]
+CustomOps = Annotated[list[str] | None, option("custom_ops")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -93,6 +94,7 @@ def quantize(
     rounds: Annotated[str | None, option("rounds")] = None,
     percentile: Annotated[str | None, option("percentile")] = None,
     lp: Annotated[str | None, option("lp")] = None,
+    align_input: Annotated[bool | None, option("align_input")] = None,
     equalize: Annotated[bool | None, option("equalize")] = None,
     cross_layer: Annotated[bool | None, option("cross_layer")] = None,
     smooth: Annotated[bool | None, option("smooth")] = None,
@@ -101,7 +103,7 @@ def quantize(
     weight_storage: Annotated[str | None, option("weight_storage")] = None,
     max_positions: Annotated[str | None, option("max_positions")] = None,
     verify_samples: Annotated[str | None, option("verify_samples")] = None,
-    custom_ops: Annotated[list[str] | None, option("custom_ops")] = None,
+    custom_ops: CustomOps = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every layer in the table.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -131,6 +133,7 @@ def quantize(
 @app.command()
 def inspect(
     path: Annotated[str, typer.Argument(metavar="FILE|DIR", help="A model, a plan, or a result folder.")],
+    custom_ops: CustomOps = None,
     as_json: Json = False,
 ) -> None:
     """Show what a model or a result holds: operators, bits, scales, what is float."""
@@ -138,7 +141,7 @@ def inspect(
         from postquant.pipeline.inspection import inspect_model
         from postquant.pipeline.tables import print_inspection
 
-        inspection = inspect_model(pathlib.Path(path))
+        inspection = inspect_model(pathlib.Path(path), custom_ops=_settings(None, custom_ops).custom_ops)
         if as_json:
             _print_json(inspection.to_json())
         else:
@@ -151,6 +154,7 @@ def compare(
     quant: Annotated[str, typer.Argument(metavar="QUANT.onnx", help="The quantized model.")],
     data: Data,
     config: Config = None,
+    custom_ops: CustomOps = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -162,9 +166,9 @@ def compare(
         from postquant.pipeline.tables import print_comparison
 
         with _progress(quiet or as_json) as progress:
-            settings = QuantConfig.from_toml(config) if config else QuantConfig()
+            settings = _settings(config, custom_ops)
             source = open_calibration(data, load_model(fp32, check=False), settings)
-            comparison = compare_models(fp32, quant, source, progress=progress)
+            comparison = compare_models(fp32, quant, source, progress=progress, custom_ops=settings.custom_ops)
         if as_json:
             _print_json(comparison.to_json())
         else:
@@ -179,6 +183,7 @@ def verify(
         typer.Option("--data", metavar="DATA", help="Samples; without them seeded random ones in the recorded range."),
     ] = None,
     config: Config = None,
+    custom_ops: CustomOps = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -187,7 +192,7 @@ def verify(
         from postquant.pipeline.verify_folder import verify_folder
 
         with _progress(quiet or as_json) as progress:
-            settings = QuantConfig.from_toml(config) if config else QuantConfig()
+            settings = _settings(config, custom_ops)
             checks = verify_folder(pathlib.Path(directory), data, config=settings, progress=progress)
         if as_json:
             found = [dataclasses.asdict(check) for check in checks]
@@ -252,6 +257,12 @@ def _told(resume: str | None = None) -> Iterator[None]:
     except OSError as error:
         name = f" ({error.filename})" if error.filename else ""
         raise _ended(f"{error.strerror or error}{name}.", OutputError.exit_code) from None
+
+
+def _settings(config: str | None, custom_ops: list[str] | None) -> QuantConfig:
+    """The settings of a command that only reads: those of a file, and libraries."""
+    options = read_options({"custom_ops": custom_ops})
+    return QuantConfig.from_toml(config, **options) if config else QuantConfig(**options)
 
 
 def _ended(text: str, code: int) -> typer.Exit:

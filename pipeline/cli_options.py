@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from postquant.pipeline.config import QuantConfig
-from postquant.pipeline.settings import BadValueError, setting_of, shown
+from postquant.pipeline.settings import SWITCH, BadValueError, setting_of, shown
 from postquant.runtime_ops.errors import ConfigError
 
 _FIELDS = {field.name: field for field in dataclasses.fields(QuantConfig)}
@@ -22,8 +22,8 @@ def option(name: str) -> Any:
     default = field.default
     shown_default = getattr(default, "value", setting.none if default is None else default)
     dashed = name.replace("_", "-")
-    if isinstance(default, bool):
-        text = f"{setting.doc} [default: {'on' if default else 'off'}]"
+    if setting.allowed == SWITCH:  # it may leave the choice to other settings until it is given
+        text = f"{setting.doc} [default: {setting.none if default is None else 'on' if default else 'off'}]"
         return typer.Option(f"--{dashed}/--no-{dashed}", help=text, show_default=False)
     if default == ():
         return typer.Option(f"--{dashed}", metavar="FILE", help=f"{setting.doc}; may be repeated", show_default=False)

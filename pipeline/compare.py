@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from postquant.passes.session import make_session
+from postquant.passes.session import custom_operators, make_session
 from postquant.pipeline.chunks import chunked, element_counts
 from postquant.pipeline.load import load_model
 from postquant.pipeline.measure import SimilarityMeter, jsonable
@@ -109,6 +109,7 @@ def compare_models(
     *,
     progress: NullProgress | None = None,
     threads: int = 1,
+    custom_ops: Sequence[str | os.PathLike[str]] = (),
 ) -> Comparison:
     """Runs both models on the same samples and compares what they compute.
 
@@ -118,13 +119,20 @@ def compare_models(
         source: Samples; iterated once per 48 MB of inner values.
         progress: Who is told.
         threads: Threads within one operator.
+        custom_ops: Libraries of custom operators that the models need.
 
     Raises:
         ModelError: If a file cannot be read or run, or if the models do not belong together.
         CalibrationError: If there is no sample.
     """
-    progress = progress or NullProgress()
-    paths = pathlib.Path(fp32_path), pathlib.Path(quant_path)
+    with custom_operators(custom_ops):
+        return _compare(pathlib.Path(fp32_path), pathlib.Path(quant_path), source, progress or NullProgress(), threads)
+
+
+def _compare(
+    fp32_path: pathlib.Path, quant_path: pathlib.Path, source: Samples, progress: NullProgress, threads: int
+) -> Comparison:
+    paths = fp32_path, quant_path
     float_model, quantized = (load_model(path, check=False) for path in paths)
     outputs = _paired_outputs(float_model, quantized)
     first = next(iter(source), None)

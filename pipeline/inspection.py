@@ -10,12 +10,13 @@ import collections
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 
 from postquant.passes.plan import QuantPlan
+from postquant.passes.session import custom_operators
 from postquant.pipeline.inspected_tensors import Activation, Tensor, Weight, described, stored_activations, weights_of
 from postquant.pipeline.kernels import Coverage, integer_coverage, observed_session
 from postquant.pipeline.load import load_model
@@ -88,8 +89,12 @@ class Inspection:
         return result
 
 
-def inspect_model(path: str | os.PathLike[str]) -> Inspection:
+def inspect_model(path: str | os.PathLike[str], *, custom_ops: Sequence[str | os.PathLike[str]] = ()) -> Inspection:
     """Describes an ``.onnx`` file (float or quantized), a ``plan.safetensors`` file, or a result folder.
+
+    Args:
+        path: The file or folder.
+        custom_ops: Libraries of custom operators that the model needs.
 
     Raises:
         ModelError: If there is nothing that can be read.
@@ -98,13 +103,15 @@ def inspect_model(path: str | os.PathLike[str]) -> Inspection:
     if place.suffix == ".safetensors":
         return _of_plan(place, QuantPlan.load(place))
     if not place.is_dir():
-        return _of_model(place, place, None, None)
+        with custom_operators(custom_ops):
+            return _of_model(place, place, None, None)
     model = place / MODEL_FILE
     if not model.is_file():
         raise ModelError("the folder holds no result", where=str(place), expected=f"a file {MODEL_FILE}")
     plan = QuantPlan.load(place / PLAN_FILE) if (place / PLAN_FILE).is_file() else None
     report = Report.load(place / REPORT_FILE) if (place / REPORT_FILE).is_file() else None
-    return _of_model(place, model, plan, report)
+    with custom_operators(custom_ops):
+        return _of_model(place, model, plan, report)
 
 
 def _of_model(place: pathlib.Path, file: pathlib.Path, plan: QuantPlan | None, report: Report | None) -> Inspection:
@@ -115,7 +122,8 @@ def _of_model(place: pathlib.Path, file: pathlib.Path, plan: QuantPlan | None, r
         optimized = observed_session(model)[1]
         kernels, coverage = dict(optimized.counts), integer_coverage(model, optimized)
     except ModelError as error:
-        notes.append(f"onnxruntime does not load the model: {error.found or error}")
+        hint = f" ({error.hint})" if error.hint else ""
+        notes.append(f"onnxruntime does not load the model: {error.found or error}{hint}")
     activations = stored_activations(model, notes)
     weights = weights_of(model, notes)
     quantized = bool(activations) or any(weight.bits is not None for weight in weights)

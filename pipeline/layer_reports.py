@@ -34,21 +34,21 @@ def layer_reports(
             continue
         index = semantics.weight_index(node)
         source = node.inputs[0 if index != 0 else 1]
-        assert source is not None and source.name is not None
+        constant = None if index is None else node.inputs[index]
         requant = plan.requants.get(f"{node.name}:{0 if index != 0 else 1}")
-        entry = requant if requant is not None else plan.activation_entry(source.name)
+        entry = requant if requant is not None or source is None else plan.activation_entry(source.name or "")
         activation = entry if isinstance(entry, TensorQuantizer) else None
-        weight = plan.weights.get(node.inputs[index].name or "") if index is not None and node.inputs[index] else None
-        weight = weight if isinstance(weight, TensorQuantizer) else None
+        chosen = None if constant is None else plan.weights.get(constant.name or "")
+        weight = chosen if isinstance(chosen, TensorQuantizer) else None
         item = _stored_output(node, measured)
-        shape = node.inputs[index].const_value.shape if weight is not None and index is not None else None
+        tensor = None if constant is None or weight is None else constant.const_value
         rows.append(
             LayerReport(
                 node=node.name,
                 op_type=node.op_type,
                 wbits=None if weight is None else weight.spec.bits,
                 abits=None if activation is None else activation.spec.bits,
-                weight_shape=None if shape is None else tuple(int(d) for d in shape),
+                weight_shape=None if tensor is None else tuple(tensor.shape.numpy()),
                 weight_scales=None if weight is None else (float(weight.scale.min()), float(weight.scale.max())),
                 input_scale=None if activation is None else float(activation.scale),
                 input_zero_point=None if activation is None else int(activation.zero_point),
@@ -63,12 +63,12 @@ def layer_reports(
 def _stored_output(node: ir.Node, measured: Mapping[str, TensorQuality]) -> TensorQuality | None:
     """The measured tensor that holds the node's output, behind the Relu and Clip that its quantizer stands for."""
     value = node.outputs[0]
-    while value.name not in measured:
-        uses = value.uses()
+    while (value.name or "") not in measured:
+        uses = tuple(value.uses())
         if len(uses) != 1 or semantics.clip_bounds(uses[0].node) is None:
             return None
         value = uses[0].node.outputs[0]
-    return measured[value.name]
+    return measured[value.name or ""]
 
 
 def float_reports(model: ir.Model, plan: QuantPlan) -> tuple[FloatReport, ...]:

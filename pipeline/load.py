@@ -73,7 +73,7 @@ def load_model(
                 where=error.where or str(file),
                 expected=error.expected,
                 found=error.found,
-                hint=_hint(error),
+                hint=error.hint,
             ) from error
     return model
 
@@ -185,13 +185,6 @@ def _check_external_data(graph: ir.Graph, folder: pathlib.Path) -> None:
 
 def _inside(folder: pathlib.Path, location: str) -> bool:
     return bool(location) and (folder / location).resolve().is_relative_to(folder.resolve())
-
-
-def _hint(error: ModelError) -> str | None:
-    found = error.found or ""
-    if "is not a registered function/op" in found or "No opset import" in found or "No Op registered" in found:
-        return "if a library implements this operator for onnxruntime, pass it as custom operators"
-    return error.hint
 
 
 def _cause(error: BaseException) -> str:

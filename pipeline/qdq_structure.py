@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from postquant.passes.barriers import before_barrier
 from postquant.runtime_ops.errors import VerificationError
 from postquant.runtime_ops.integer import Affine
 
@@ -53,11 +54,12 @@ class Reading:
 
 
 def reading(value: ir.Value | None) -> Reading | None:
-    """The chain behind a value that DequantizeLinear computes, else None.
+    """The chain behind a value that DequantizeLinear computes (perhaps with a barrier behind it), else None.
 
     Raises:
         VerificationError: If a scale, zero point or bound is not a constant.
     """
+    value = before_barrier(value)
     node = None if value is None else value.producer()
     if node is None or node.op_type != "DequantizeLinear" or node.domain:
         return None

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from postquant.passes.barriers import is_barrier
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline.qdq_structure import Reading, reading
 from postquant.runtime_ops.errors import VerificationError
@@ -50,6 +51,8 @@ class _Recovery:
 
     def run(self) -> None:
         for node in tuple(self.graph):
+            if is_barrier(node) and node.inputs[0] is not None and not node.outputs[0].is_graph_output():
+                self._replace(node.outputs[0], node.inputs[0])
             seen = reading(node.outputs[0]) if node.op_type == "DequantizeLinear" else None
             if seen is None:
                 continue
@@ -120,7 +123,7 @@ class _Recovery:
         quantizers = ("DequantizeLinear", "Clip", "QuantizeLinear")
         for node in reversed(tuple(self.graph)):
             value = node.outputs[0]
-            if node.op_type in quantizers and not value.uses() and not value.is_graph_output():
+            if (node.op_type in quantizers or is_barrier(node)) and not value.uses() and not value.is_graph_output():
                 self.graph.remove(node, safe=True)
         for name, value in tuple(self.graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():

@@ -30,6 +30,10 @@ class BadValueError(Exception):
         self.hint = hint
 
 
+# What a setting that is on or off accepts.
+SWITCH = "true or false"
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """What a field accepts.
@@ -197,7 +201,7 @@ def flag(doc: str, *, default: Any = _MISSING, none: str | None = None) -> Any:
             return value
         raise BadValueError(shown(value))
 
-    return _field(Setting(doc, "true or false", convert, none), default)
+    return _field(Setting(doc, SWITCH, convert, none), default)
 
 
 def text(doc: str, *, default: Any = _MISSING, none: str | None = None) -> Any:

@@ -13,12 +13,12 @@ import dataclasses
 import os
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 import threadpoolctl
 
-from postquant.calib.output_effect import EffectOptions, OutputEffect
+from postquant.calib.output_effect import OutputEffect
 from postquant.calib.bias_correction import correct_biases
 from postquant.calib.easyquant import EasyQuant, WorkLimits, sites_of
 from postquant.calib.equalization import equalizations
@@ -56,9 +56,12 @@ from postquant.pipeline.placement import placement_settings
 from postquant.pipeline.prepare import Prepared, prepare
 from postquant.pipeline.stage_log import StageLog
 from postquant.pipeline.verify import verify_model
+from postquant.runtime_ops.quantizer import TensorQuantizer
 
 # Samples on which the simplified model is compared with the original.
 _PREPARE_SAMPLES = 4
+# Samples on which equalization proves itself.
+_QUICK_SAMPLES = 16
 # A model whose weights are larger is simplified again when a run is resumed, instead of being stored twice.
 _LARGEST_SAVED_MODEL = 256 << 20
 
@@ -151,7 +154,7 @@ def _equalize(
     found = equalizations(model, plan, job.source, threads=threads)
     if not found:
         return model
-    trial = Trial(reference, job.source, threads=threads)
+    trial = Trial(reference, job.source, samples=_QUICK_SAMPLES, threads=threads)
     before = trial.quick(model, plan)
     for name, wanted, chosen in (
         ("equalize depthwise inputs", free, [e for e in found if e.group.depthwise]),
@@ -225,13 +228,12 @@ def _search_scales(
     means = None
     if searching:
         job.progress.stage("scale search", len(sites_of(model, plan)))
-        effect = OutputEffect(model, source, _judge_options(model, plan, source, threads), threads=threads)
         search = EasyQuant(
             model,
             Prefix(model, source, folder, threads=threads),
             _search_options(config),
             WorkLimits(seed=config.seed),
-            judge=lambda tensor, reader, quantizers: effect.choose(tensor, quantizers, reader=reader).quantizer,
+            judge=_judge(model, plan, source, threads),
         )
         result = search.run(plan, job.progress.advance)
         means = result.means
@@ -290,9 +292,17 @@ def _search_options(config: QuantConfig) -> SearchOptions:
     )
 
 
-def _judge_options(model: ir.Model, plan: QuantPlan, source: CalibrationSource, threads: int):
+def _judge(
+    model: ir.Model, plan: QuantPlan, source: CalibrationSource, threads: int
+) -> Callable[[str, tuple[str, int] | None, Mapping[str, TensorQuantizer]], TensorQuantizer] | None:
+    """Refuses scales that are better for the next layer but worse for the network; None where asking costs too much."""
     work = forward_work(model, source, threads=threads)
-    return effect_options(work, len(plan.activations), len(source))
+    options = effect_options(work, len(plan.activations), len(source))
+    if options is None:
+        return None
+    # Two candidates only: nothing to screen.
+    effect = OutputEffect(model, source, dataclasses.replace(options, screening=options.samples), threads=threads)
+    return lambda tensor, reader, quantizers: effect.choose(tensor, quantizers, reader=reader).quantizer
 
 
 def _wanted(config: QuantConfig, switch: bool | None) -> bool:

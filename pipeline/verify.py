@@ -18,7 +18,7 @@ import dataclasses
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ import onnx
 import onnx_ir as ir
 
 from postquant.passes.plan import QuantPlan
-from postquant.passes.session import Session, first_sentence
+from postquant.passes.session import Session, custom_operators, first_sentence
 from postquant.pipeline.integer_check import TensorAgreement, check_integers
 from postquant.pipeline.kernels import Coverage, integer_coverage, observed_session
 from postquant.pipeline.load import load_model, save_model
@@ -108,6 +108,7 @@ def verify_model(
     threads: int = 1,
     strict: bool = True,
     reference: ir.Model | None = None,
+    custom_ops: Sequence[str | os.PathLike[str]] = (),
 ) -> Verification:
     """Verifies a quantized model.
 
@@ -122,6 +123,7 @@ def verify_model(
         threads: Threads within one operator.
         strict: Raise on a failed check, instead of returning it.
         reference: The float model that outputs are measured against; by default ``float_model``.
+        custom_ops: Libraries of custom operators that the models need.
 
     Raises:
         VerificationError: If a check fails and ``strict`` is set, or if there is no sample.
@@ -129,7 +131,7 @@ def verify_model(
     """
     if isinstance(samples, Iterator):
         samples = list(samples)
-    with tempfile.TemporaryDirectory(prefix="postquant-") as folder:
+    with custom_operators(custom_ops), tempfile.TemporaryDirectory(prefix="postquant-") as folder:
         if isinstance(emitted, ir.Model):
             path = pathlib.Path(folder) / "model.onnx"
             save_model(emitted, path)

@@ -35,7 +35,7 @@ def verify_folder(
     Args:
         folder: A folder with ``model.onnx``, ``plan.safetensors`` and ``report.json``.
         data: Samples, in any form that calibration takes; None for seeded random ones in the recorded ranges.
-        config: For its ``samples`` and ``image``.
+        config: For its ``samples``, ``image`` and ``custom_ops``.
         progress: Who is told.
 
     Returns:
@@ -64,7 +64,8 @@ def verify_folder(
         recovered = recover_float_model(model, plan)
     except VerificationError as error:
         return (digests, CheckReport(name="the file holds the plan", passed=False, detail=str(error)))
-    verification = verify_model(recovered, folder / MODEL_FILE, plan, samples, strict=False)
+    libraries = () if config is None else config.custom_ops
+    verification = verify_model(recovered, folder / MODEL_FILE, plan, samples, strict=False, custom_ops=libraries)
     return (digests, *verification.checks)
 
 

@@ -84,7 +84,7 @@ def simulate(
     """
     s = along_axis(np.asarray(scale, np.float32), x.ndim, axis)
     z = along_axis(np.asarray(zero_point, np.int32), x.ndim, axis)
-    r = np.divide(x, s, dtype=np.float32)
+    r: npt.NDArray[np.float32] = np.asarray(np.divide(x, s, dtype=np.float32))
     if half_away:
         r = np.copysign(np.floor(np.abs(r) + np.float32(0.5)), r)
     else:
@@ -92,7 +92,8 @@ def simulate(
     # Differences of codes are small integers: float32 holds them exactly.
     np.clip(r, (qmin - z).astype(np.float32), (qmax - z).astype(np.float32), out=r)
     r += np.float32(0.0)  # -0 becomes 0, as it does on the way through integers
-    return np.multiply(r, s, out=r)
+    np.multiply(r, s, out=r)
+    return r
 
 
 def dequantize(

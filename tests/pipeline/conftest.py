@@ -118,6 +118,10 @@ class Cases:
 
     cnn = CNN
 
+    def float_model(self, text: str, seed: int = 0) -> ir.Model:
+        """The model of an ONNX text; the values that it declares are random initializers."""
+        return float_model(text, seed)
+
     def ranged(self, model: ir.Model, plan: QuantPlan, samples: Sequence[Feed]) -> QuantPlan:
         """The plan with min-max ranges."""
         return with_ranges(model, plan, samples)

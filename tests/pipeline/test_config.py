@@ -53,6 +53,7 @@ def test_every_key_can_be_read_from_a_file(tmp_path: pathlib.Path) -> None:
         rounds = 2
         percentile = 99.5
         lp = 2
+        align_input = false
         equalize = false
         cross_layer = false
         smooth = false

@@ -13,10 +13,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from postquant.passes.barriers import before_barrier, is_barrier
+from postquant.passes.emit import emit
 from postquant.passes.place import Override, PlacementSettings
 from postquant.passes.plan import QuantPlan
 from postquant.passes.target import WeightStorage
 from postquant.pipeline.qdq_structure import reading
+from postquant.pipeline.recover import recover_float_model
 from postquant.pipeline.save import save_model
 from postquant.pipeline.verify import Verification, verify_model
 from postquant.runtime_ops.errors import VerificationError
@@ -165,32 +168,61 @@ def test_a_plan_of_other_numbers(cnn: Any) -> None:
     assert failed(result) >= {PLAN, INTEGERS}
 
 
+def test_a_float_node_between_quantized_tensors_stays_float(cases: Any) -> None:
+    settings = PlacementSettings(overrides=(Override(node="project", float_=True),))
+    case = cases.build(settings=settings)
+    result = verify_model(case.model, case.emitted, case.plan, case.samples)
+    assert set(result.coverage.floating) == {"project"}
+    # The same from the file alone, as `postquant verify` sees it.
+    recovered = recover_float_model(case.emitted, case.plan)
+    assert not any(is_barrier(node) for node in recovered.graph)
+    assert verify_model(recovered, case.emitted, case.plan, case.samples).passed
+
+
 def test_a_float_constant_that_onnxruntime_quantizes_itself(cases: Any) -> None:
     settings = PlacementSettings(overrides=(Override(node="project", float_=True),))
     case = cases.build(settings=settings)
-    assert "project" in case.plan.floats
-    result = verify_model(case.model, case.emitted, case.plan, case.samples, strict=False)
-    ran = result.coverage.integer.get("project")
-    # Either the file keeps onnxruntime from it, or the verification says so.
-    assert ("float nodes stay float" in failed(result)) == (ran is not None)
+    wrong = copy_of(case.emitted)
+    for node in wrong.graph:
+        if node.name == "project":
+            source = node.inputs[0]
+            assert source is not None
+            node.replace_input_with(0, before_barrier(source))
+    result = verify_model(case.model, wrong, case.plan, case.samples, strict=False)
+    assert "float nodes stay float" in failed(result)
+    assert "onnxruntime quantized its weights by itself" in str(result.failure)
 
 
 def test_quantizers_that_onnxruntime_removes_unobserved(cases: Any) -> None:
     """Two quantizations in a row without a Clip are merged by onnxruntime, unless somebody looks at the codes."""
-    case = cases.build(
-        """<ir_version: 8, opset_import: ["" : 17]>
-        m (float[N,3,8,8] x) => (float[N,8,8,8] y) <float[8,3,3,3] w1, float[8] b1, float[8,8,1,1] w2, float[8] b2> {
-            [first] c = Conv <pads = [1, 1, 1, 1]> (x, w1, b1)
-            [second] y = Conv (c, w2, b2)
-        }"""
-    )
-    narrow = case.plan.activations["c"]
-    entry = TensorQuantizer(narrow.spec, narrow.scale * np.float32(3.7), narrow.zero_point)
-    plan = case.plan.with_requant("second:0", entry)
-    plan = dataclasses.replace(plan, int_biases={**plan.int_biases, "b2": ("second:0", "w2")})
+    case = cases.build(TWO_CONVOLUTIONS)
+    plan, entry = _requantized(case)
     merged = _requantized_without_clip(case.emitted, plan, entry)
     result = verify_model(case.model, merged, plan, case.samples, strict=False)
     assert failed(result) == {"observing changes nothing"}
+
+
+def test_requantization_to_8_bits(cases: Any) -> None:
+    case = cases.build(TWO_CONVOLUTIONS)
+    plan, _ = _requantized(case)
+    result = verify_model(case.model, emit(case.model, plan), plan, case.samples)
+    assert [t.op_type for t in result.tensors].count("requantize") == 1
+    assert result.coverage.share == 1.0
+
+
+TWO_CONVOLUTIONS = """<ir_version: 8, opset_import: ["" : 17]>
+m (float[N,3,8,8] x) => (float[N,8,8,8] y) <float[8,3,3,3] w1, float[8] b1, float[8,8,1,1] w2, float[8] b2> {
+    [first] c = Conv <pads = [1, 1, 1, 1]> (x, w1, b1)
+    [second] y = Conv (c, w2, b2)
+}"""
+
+
+def _requantized(case: Any) -> tuple[QuantPlan, TensorQuantizer]:
+    """The plan in which the second convolution reads other 8-bit codes than the first one writes."""
+    stored = case.plan.activations["c"]
+    entry = TensorQuantizer(stored.spec, stored.scale * np.float32(3.7), stored.zero_point)
+    plan = case.plan.with_requant("second:0", entry)
+    return dataclasses.replace(plan, int_biases={**plan.int_biases, "b2": ("second:0", "w2")}), entry
 
 
 def _requantized_without_clip(emitted: ir.Model, plan: QuantPlan, entry: TensorQuantizer) -> ir.Model:

@@ -1,0 +1,57 @@
+"""Second moments: against X'X, however the stream is cut."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from postquant.calib.moments import MomentSums
+from tests.calib.layer_cases import layer_case
+
+
+@given(st.lists(st.integers(0, 700), min_size=1, max_size=4), st.integers(1, 3), st.integers(1, 5), st.integers(0, 9))
+def test_any_split_of_the_stream(cuts: list[int], groups: int, depth: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = (rng.standard_normal((sum(cuts), groups, depth)) + 0.3).astype(np.float32)
+    sums = MomentSums(groups, depth)
+    begin = 0
+    for cut in cuts:
+        sums.update(rows[begin : begin + cut])
+        begin += cut
+    found = sums.result()
+    assert found.rows == len(rows)
+    assert found.square.shape == (groups, depth, depth)
+    exact = rows.astype(np.float64)
+    count = max(len(rows), 1)
+    np.testing.assert_allclose(found.mean, exact.sum(0) / count, rtol=1e-6, atol=1e-7)
+    expected = np.einsum("pgk,pgl->gkl", exact, exact) / count
+    np.testing.assert_allclose(found.square, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found.square, found.square.transpose(0, 2, 1))
+
+
+def test_a_result_may_be_asked_for_in_between() -> None:
+    rows = np.ones((10, 1, 2), np.float32)
+    sums = MomentSums(1, 2)
+    assert sums.result().rows == 0
+    assert not sums.result().square.any()
+    sums.update(rows)
+    assert sums.result().rows == 10
+    sums.update(2 * rows)
+    found = sums.result()
+    assert found.rows == 20
+    np.testing.assert_allclose(found.mean, 1.5)
+    np.testing.assert_allclose(found.square, 2.5)
+
+
+@pytest.mark.parametrize("kind", ["Conv", "depthwise", "MatMul"])
+def test_errors_of_any_weight_follow_from_them(kind: str) -> None:
+    case = layer_case(kind)
+    moments = case.moments()
+    change = np.random.default_rng(5).standard_normal(case.weight.shape).astype(np.float32)
+    d = case.layer.matrix(change).astype(np.float64)
+    for centred in (False, True):
+        square = (moments.centred() if centred else moments).square
+        expected = np.square(case.outputs(change, centred=centred)).mean(0)
+        np.testing.assert_allclose(np.einsum("gkm,gkl,glm->gm", d, square, d), expected, rtol=1e-4)

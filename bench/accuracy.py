@@ -10,7 +10,6 @@ the float model) with CPU seconds, peak memory and file size of the quantization
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 
 from cases import ABLATION_MODELS, CASES, Case, Setting, ablation_settings, require_data
 from feeds import write_feeds
+from lines import add_output_options, write_lines
 from process import evaluate, work
 from worker import Job
 
@@ -109,27 +109,11 @@ def main() -> int:
     parser.add_argument("--samples", type=int, help="calibration samples, instead of each model's own number")
     parser.add_argument("--limit", type=int, help="evaluate this many samples only")
     parser.add_argument("--threads", type=int, default=2, help="threads of the evaluation")
-    parser.add_argument("--json", type=pathlib.Path, help="append the lines to this file too")
-    parser.add_argument("--markdown", action="store_true", help="print the table at the end")
+    add_output_options(parser)
     options = parser.parse_args()
     require_data()
-    results = []
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        for line in lines(options, pathlib.Path(folder)):
-            results.append(line)
-            text = json.dumps(line)
-            print(text, flush=True)
-            if options.json:
-                with options.json.open("a", encoding="utf-8") as file:
-                    file.write(text + "\n")
-    if options.markdown:
-        print(markdown(results))
-    failed = [line for line in results if "error" in line]
-    for line in failed:
-        print(f"failed: {line['model']} {line['setting']} {line['quantizer']}: {line['error']}", file=sys.stderr)
-    return 1 if failed else 0
+        return write_lines(lines(options, pathlib.Path(folder)), options, markdown)
 
 
 if __name__ == "__main__":

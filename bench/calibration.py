@@ -11,7 +11,6 @@ peak memory as a ratio to the size of the model.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from cases import CASES, DATA, require_data
 from feeds import write_feeds
+from lines import add_output_options, write_lines
 from process import work
 from worker import Job
 
@@ -111,12 +111,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scale-gb", type=float, default=2.5, help="size of the transformer; 0 leaves it out")
     parser.add_argument("--scale-methods", default="easyquant", help="methods for the transformer, comma-separated")
-    parser.add_argument("--json", type=pathlib.Path, help="append the lines to this file too")
-    parser.add_argument("--markdown", action="store_true", help="print the table at the end")
+    add_output_options(parser)
     options = parser.parse_args()
     require_data()
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
 
     def lines() -> Iterator[dict[str, Any]]:
         counts = [int(count) for count in options.samples.split(",")]
@@ -124,20 +121,7 @@ def main() -> int:
         if options.scale_gb > 0:
             yield from large_model(options.scale_gb, options.scale_methods.split(","))
 
-    results = []
-    for line in lines():
-        results.append(line)
-        text = json.dumps(line)
-        print(text, flush=True)
-        if options.json:
-            with options.json.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
-    if options.markdown:
-        print(markdown(results))
-    failed = [line for line in results if "error" in line]
-    for line in failed:
-        print(f"failed: {line['model']} {line['quantizer']}: {line['error']}", file=sys.stderr)
-    return 1 if failed else 0
+    return write_lines(lines(), options, markdown)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ the range keeps its proportion of negative values. Each is judged by the layers'
     score = mean over layers and samples of cos(o, o~)        (or minus the relative squared error)
 
 where a sample's rows form one vector: a sample with huge values counts as much as any other, which keeps ranges from
-following a few outliers. The grid is searched coarse to fine: every fifth candidate, then those around the best.
+following a few outliers. The grid is searched coarse to fine: every tenth candidate, every third around the best, then
+its neighbours.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from postquant.runtime_ops.quantizer import TensorQuantizer
 
 FloatArray = npt.NDArray[np.float32]
 
-_COARSE = 5
+_STEPS = (10, 3, 1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,9 +73,9 @@ def score_of(quantizer: TensorQuantizer, readers: Sequence[Reader], objective: O
         target, output = reader.target, by_group
         if reader.ceiling is not None and reader.bias is not None:
             output = np.clip(output + reader.bias, *reader.ceiling)
-        inner = _per_sample(target * output, reader.starts)
-        norm = _per_sample(output * output, reader.starts)
-        energy = _per_sample(target * target, reader.starts)
+        inner = _per_sample(target, output, reader.starts)
+        norm = _per_sample(output, output, reader.starts)
+        energy = _per_sample(target, target, reader.starts)
         if objective is Objective.COSINE:
             # The paper's code adds a little to both vectors where one is zero; a floor does the same.
             total += float(np.mean((inner + 1e-12) / np.sqrt((norm + 1e-12) * (energy + 1e-12))))
@@ -83,8 +84,9 @@ def score_of(quantizer: TensorQuantizer, readers: Sequence[Reader], objective: O
     return total / len(readers)
 
 
-def _per_sample(values: FloatArray, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    flat = values.reshape(len(values), -1).sum(1, dtype=np.float64)
+def _per_sample(a: FloatArray, b: FloatArray, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Inner products of the rows of each sample."""
+    flat = np.einsum("pgm,pgm->p", a, b).astype(np.float64)
     return np.add.reduceat(flat, starts)
 
 
@@ -109,10 +111,12 @@ def search_activation(
             scores[index] = score_of(scaled(start, float(multiples[index])), readers, options.objective)
         return scores[index]
 
-    step = _COARSE if len(multiples) > 4 * _COARSE else 1
-    best = max(range(0, len(multiples), step), key=score)
-    if step > 1:
-        best = max(range(max(best - step + 1, 0), min(best + step, len(multiples))), key=score)
+    best = len(multiples) // 2
+    reach = len(multiples)
+    for step in _STEPS if len(multiples) > 4 * _STEPS[0] else (1,):
+        first, last = max(best - reach + 1, 0), min(best + reach, len(multiples))
+        best = max((best, *range(first, last, step)), key=score)
+        reach = step
     at_start = score_of(start, readers, options.objective)
     # Cosines within 1e-6 are a tie: it goes to the start.
     if score(best) <= at_start + 1e-6:

@@ -143,6 +143,7 @@ class EasyQuant:
         limits: How much data it sees.
         search_activations: Whether activation scales may move; weights only otherwise.
         compensate: Whether weights are rounded with error compensation where that lowers the output error.
+        fixed: Stored tensors whose scale is exact and stays.
         judge: Asked before an activation's scale moves; a scale that is better for the next layer only is refused.
     """
 
@@ -155,6 +156,7 @@ class EasyQuant:
         *,
         search_activations: bool = True,
         compensate: bool = True,
+        fixed: frozenset[str] = frozenset(),
         judge: Judge | None = None,
     ) -> None:
         self._model = model
@@ -163,6 +165,7 @@ class EasyQuant:
         self._limits = limits
         self._search_activations = search_activations
         self._compensate = compensate
+        self._fixed = fixed
         self._judge = judge
 
     def run(self, plan: QuantPlan, progress: Progress | None = None) -> EasyQuantResult:
@@ -208,7 +211,7 @@ class EasyQuant:
                 current[layer.name] = search_weight(
                     layer, weights[layer.name], starts[layer.name], moments, self._options
                 )
-            if not self._search_activations:
+            if not self._search_activations or (site.key is None and site.tensor in self._fixed):
                 break
             readers = [self._reader(layer, data, current[layer.name], weights[layer.name]) for layer in site.layers]
             found, after_score, at_start = search_activation(quantizer, readers, self._options)

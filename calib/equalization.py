@@ -39,7 +39,7 @@ def full_factors(magnitude: DoubleArray) -> DoubleArray:
     """``R / r_c``, limited; (C,) factors of at least 1.
 
     >>> full_factors(np.array([4.0, 1.0, 0.0])).tolist()
-    [1.0, 4.0, 32.0]
+    [1.0, 4.0, 8.0]
     """
     top = float(magnitude.max(initial=0.0))
     if top <= 0:
@@ -150,9 +150,9 @@ def equalizations(
     groups = []
     for group in scale_groups(model):
         stored = [name for name in group.values if name in plan.activations]
-        readers = [Layer.of(nodes[name]) for name in group.consumers]
-        if stored and all(layer is not None and layer.weight in plan.weights for layer in readers):
-            groups.append((group, stored, [layer for layer in readers if layer is not None]))
+        readers = [layer for name in group.consumers if (layer := Layer.of(nodes[name])) is not None]
+        if stored and len(readers) == len(group.consumers) and all(layer.weight in plan.weights for layer in readers):
+            groups.append((group, stored, readers))
     names = list(dict.fromkeys(name for _, stored, _ in groups for name in stored))
     if not names:
         return []

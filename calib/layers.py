@@ -30,7 +30,9 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One weighted node whose input 0 is the activation and input 1 the constant weight.
+    """One weighted node whose input 0 is the activation and input 1 the constant weight, as matrix products of rows.
+
+    It is for reading only; graph changes see Conv, ConvTranspose and Gemm as :class:`postquant.passes.layer.Layer`.
 
     Attributes:
         node: The node.
@@ -99,18 +101,12 @@ class Layer:
     @property
     def in_channels(self) -> int:
         """C_in."""
-        if self.node.op_type == "Conv":
-            return self.shape[1] * self.groups
-        return self.shape[1] if self._transposed else self.shape[0]
+        return semantics.channel_counts(self.node, self.shape)[0]
 
     @property
     def out_channels(self) -> int:
         """C_out."""
-        if self.node.op_type == "Conv":
-            return self.shape[0]
-        if self.node.op_type == "ConvTranspose":
-            return self.shape[1] * self.groups
-        return self.shape[0] if self._transposed else self.shape[1]
+        return semantics.channel_counts(self.node, self.shape)[1]
 
     @property
     def depth(self) -> int:

@@ -121,6 +121,7 @@ class OutputEffect:
         self._order = [*first, *(i for i in range(len(self._samples)) if i not in set(first))]
         self._outputs = [v.name or "" for v in model.graph.outputs if _is_float(v)]
         session = make_session(model, outputs=self._outputs, threads=threads)
+        self._worst = 0.0
         self._reference = [session.run(sample) for sample in self._samples]
 
     def choose(
@@ -145,6 +146,10 @@ class OutputEffect:
                 mean = {name: float(np.mean(effects[name])) for name in alive}
                 best = sorted(mean, key=mean.__getitem__)[: self._options.finalists]
                 alive = [name for name in names if name in best]
+                # A tensor that does a hundred times less harm than another one needs no finer choice.
+                negligible = mean[alive[0]] < 0.1 * self._worst
+                if negligible:
+                    alive = [min(alive, key=mean.__getitem__)]
                 if len(alive) == 1:
                     break
             feeds = begin.run(self._samples[index])
@@ -152,6 +157,7 @@ class OutputEffect:
                 effects[name].append(self._effect(suffix, feeds, candidates[name], self._reference[index]))
         mean = {name: float(np.mean(effects[name])) for name in alive}
         best_name = min(alive, key=mean.__getitem__)
+        self._worst = max(self._worst, mean[best_name])
         return Choice(candidates[best_name], best_name, -20 * math.log10(mean[best_name]))
 
     def _effect(

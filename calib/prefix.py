@@ -162,15 +162,20 @@ class Prefix:
                 yield dict(zip(side.start, pickle.load(file), strict=True))
 
 
-def spaced(count: int, limit: int | None) -> list[int]:
+def spaced(count: int, limit: int | None, *, between: bool = False) -> list[int]:
     """``limit`` indices spread evenly over ``range(count)``; all when None.
+
+    With ``between`` they lie in the middle of their intervals, so that another choice of as many or fewer, made
+    without it, shares as few of them as possible.
 
     >>> spaced(10, 4)
     [0, 2, 5, 7]
+    >>> spaced(10, 4, between=True)
+    [1, 3, 6, 8]
     """
     if limit is None or limit >= count:
         return list(range(count))
-    return [i * count // limit for i in range(limit)]
+    return [(i * count + (count // 2 if between else 0)) // limit for i in range(limit)]
 
 
 def _frontier(model: ir.Model, tensors: Sequence[str], start: Sequence[str] | None) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from postquant.calib.collect import collect, subsampling_note
 from postquant.calib.layers import layers_of
 from postquant.calib.methods import DEFAULT_METHODS
-from postquant.calib.observers import RangeMethod, candidate_ranges
+from postquant.calib.lp_error import LpError
+from postquant.calib.observers import RangeMethod, SampleMean, candidate_ranges
 from postquant.calib.output_effect import Choice, EffectOptions, OutputEffect, candidate_quantizers
 from postquant.calib.source import CalibrationSource
 from postquant.calib.statistics import Bounds, TensorStatistics
@@ -68,7 +69,8 @@ def places_of(model: ir.Model, plan: QuantPlan) -> list[_Place]:
     for key, entry in plan.requants.items():
         name, _, index = key.rpartition(":")
         value = nodes[name].inputs[int(index)]
-        assert value is not None and value.name is not None
+        assert value is not None
+        assert value.name is not None
         if isinstance(entry, QuantSpec):
             found.append(_Place(key, value.name, entry, (name, int(index))))
     return found
@@ -156,6 +158,47 @@ def effect_ranges(
             progress()
     note = subsampling_note(statistics.values())
     return Ranges(plan, choices, () if note is None else (note,))
+
+
+def alternatives(
+    model: ir.Model, plan: QuantPlan, chosen: QuantPlan, statistics: Mapping[str, TensorStatistics]
+) -> dict[str, QuantPlan]:
+    """Plans to compare with the chosen one on other samples, in case it follows its few samples too closely.
+
+    Args:
+        model: The simplified model.
+        plan: Before the choice.
+        chosen: After it.
+        statistics: Of every place's value, with histograms.
+
+    Returns:
+        Name -> plan: every chosen range as it is; widened; widened to the sample mean's; and the observers' own.
+    """
+    result = {"effect": chosen}
+    for name, widen in (("effect, wider by 1.2", 1.2), ("effect, wider by 1.5", 1.5)):
+        wider = chosen
+        for place in places_of(model, plan):
+            low, high = _current(chosen, place).range()
+            observed = statistics[place.value]
+            low, high = max(low * widen, min(observed.low, low)), min(high * widen, max(observed.high, high))
+            wider = place.decided(wider, TensorQuantizer.from_range(place.spec, low, high))
+        result[name] = wider
+    union, methods = chosen, {method.name: plan for method in (SampleMean(), LpError())}
+    for place in places_of(model, plan):
+        mean = SampleMean().range(statistics[place.value], place.spec)
+        low, high = _current(chosen, place).range()
+        quantizer = TensorQuantizer.from_range(place.spec, min(low, mean[0]), max(high, mean[1]))
+        union = place.decided(union, quantizer)
+        for method in (SampleMean(), LpError()):
+            own = TensorQuantizer.from_range(place.spec, *method.range(statistics[place.value], place.spec))
+            methods[method.name] = place.decided(methods[method.name], own)
+    return {**result, "effect and sample mean": union, **methods}
+
+
+def _current(plan: QuantPlan, place: _Place) -> TensorQuantizer:
+    entry = plan.activations[place.key] if place.reader is None else plan.requants[place.key]
+    assert isinstance(entry, TensorQuantizer)
+    return entry
 
 
 def forward_work(model: ir.Model, source: CalibrationSource, *, threads: int = 1) -> float:

@@ -27,8 +27,9 @@ from postquant.runtime_ops.quantizer import SMALLEST_SCALE, TensorQuantizer
 FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
 
-
 _COARSE = 5
+# Smallest |o~|^2 / |o|^2 of a candidate that has a direction; gains are limited to 2, so less is useless anyway.
+LEAST_OUTPUT = 1e-4
 
 
 class Objective(enum.Enum):
@@ -125,16 +126,18 @@ def search_weight(
     spec = start.spec
     scale0 = np.ascontiguousarray(layer.per_output(start.scale), np.float32)
     grid = np.linspace(options.alpha, options.beta, options.candidates)
-    best = _Best(problem.matrix.shape[::2], scale0)
+    # Where the start wins, candidates next to it are looked at too.
+    best = _Best(problem.matrix.shape[::2], scale0, int(np.argmin(np.abs(grid - 1))))
 
     def judge(index: npt.NDArray[np.int64] | None) -> None:
         multiple = np.float32(1.0) if index is None else grid[index].astype(np.float32)[:, np.newaxis]
         scale = np.maximum(scale0 / multiple, SMALLEST_SCALE)
         codes = quantize_matrix(problem.matrix, scale, spec.qmin, spec.qmax)
         inner, norm = problem.products(codes * scale)
-        score, gain = _score(inner, norm, options.objective)
+        energy = problem.energy
         if spec.axis is None:  # one scale: the outputs of all channels are one vector
-            score, gain = _score(np.full_like(inner, inner.sum()), np.full_like(norm, norm.sum()), options.objective)
+            inner, norm, energy = (np.full_like(part, part.sum()) for part in (inner, norm, energy))
+        score, gain = _score(inner, norm, energy, options.objective)
         best.offer(score, gain, scale, index)
 
     judge(None)
@@ -151,11 +154,11 @@ def search_weight(
 class _Best:
     """The best candidate of every channel so far. A tie keeps the earlier one, so the start wins unless beaten."""
 
-    def __init__(self, shape: tuple[int, ...], scale: FloatArray) -> None:
+    def __init__(self, shape: tuple[int, ...], scale: FloatArray, index: int) -> None:
         self.score = np.full(shape, -1e300)
         self.gain = np.ones(shape)
         self.scale = np.broadcast_to(scale, (shape[0], 1, shape[1])).copy()
-        self.index = np.zeros(shape, np.int64)
+        self.index = np.full(shape, index, np.int64)
 
     def offer(
         self, score: DoubleArray, gain: DoubleArray, scale: FloatArray, index: npt.NDArray[np.int64] | None
@@ -168,14 +171,17 @@ class _Best:
             self.index = np.where(better, index, self.index)
 
 
-def _score(inner: DoubleArray, norm: DoubleArray, objective: Objective) -> tuple[DoubleArray, DoubleArray]:
+def _score(
+    inner: DoubleArray, norm: DoubleArray, energy: DoubleArray, objective: Objective
+) -> tuple[DoubleArray, DoubleArray]:
     """A score to maximise, and the least-squares gain."""
-    safe = np.maximum(norm, 1e-300)
-    gain = np.where((norm > 0) & (inner > 0), inner / safe, 1.0)
     if objective is Objective.MSE:
-        return 2 * inner - norm, np.ones_like(gain)
+        return 2 * inner - norm, np.ones_like(inner)
+    # Weights that a coarse scale rounds to zero have no output: what is left of it is rounding noise of any direction.
+    heard = (inner > 0) & (norm > LEAST_OUTPUT * energy)
+    gain = np.divide(inner, norm, out=np.ones_like(inner), where=heard)
     # Maximising cos is maximising <o~,o>^2 / <o~,o~>; |o| is the same for all candidates.
-    return np.where(inner > 0, inner**2 / safe, 0.0), gain
+    return np.where(heard, inner * gain, 0.0), gain
 
 
 def _with_gain(

@@ -100,7 +100,8 @@ def _group(values: list[ir.Value]) -> ScaleGroup | None:
         node = value.producer()
         if node is None or value.is_graph_output():
             return None
-        if not any(v in inside for v in node.inputs):
+        links = _linked_inputs(node)
+        if not links:
             layer = as_layer(node)
             if layer is None or node.outputs[0] is not value:
                 return None
@@ -109,13 +110,15 @@ def _group(values: list[ir.Value]) -> ScaleGroup | None:
             bounds = semantics.clip_bounds(node)
             assert bounds is not None
             ceiling = min(ceiling, bounds[1])
-        elif not set(_linked_inputs(node)) <= inside:
+        elif len({_rank(link) for link in links}) > 1:  # channels of one are added to columns of the other
             return None
         for use in value.uses():
             if use.node.outputs[0] in inside and value in _linked_inputs(use.node):
                 continue
             layer = as_layer(use.node)
-            if layer is None or use.idx != 0:
+            if layer is None or use.idx != 0 or use.node.graph is not node.graph:
+                return None
+            if use.node.attributes.get_int("transA", 0):  # its columns are no channels
                 return None
             consumers[use.node] = layer
     if not producers or not consumers:
@@ -131,6 +134,17 @@ def _group(values: list[ir.Value]) -> ScaleGroup | None:
         depthwise=all(is_op(n, "Conv") and layer.groups == layer.inputs for n, layer in consumers.items()),
         ceiling=float(ceiling),
     )
+
+
+def _rank(value: ir.Value) -> int | None:
+    """Rank of a value of a group, by the layer that it comes from."""
+    node = value.producer()
+    while node is not None and (links := _linked_inputs(node)):
+        if is_op(node, "Flatten"):
+            return 2
+        node = links[0].producer()
+    layer = as_layer(node)
+    return None if layer is None else layer.rank
 
 
 class EqualizePass(ir.passes.InPlacePass):

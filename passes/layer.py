@@ -27,13 +27,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from postquant.passes.rewiring import Initializers, constant_tensor, derive, is_float_constant, is_op
+from postquant.passes.semantics import channel_counts
 
 Vector = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A Conv, ConvTranspose or Gemm whose numbers can be changed.
+    """A Conv, ConvTranspose or Gemm whose numbers can be changed: how graph changes see it.
+
+    Calibration sees the same nodes, and MatMul, as matrix products of rows: :class:`postquant.calib.layers.Layer`.
 
     Attributes:
         node: The node; its weight is a float constant, its bias one too (a vector per output) or absent.
@@ -59,20 +62,12 @@ class Layer:
     @property
     def outputs(self) -> int:
         """Number of output channels (axis 1 of the output)."""
-        if self.node.op_type == "Conv":
-            return self.shape[0]
-        if self.node.op_type == "ConvTranspose":
-            return self.shape[1] * self.groups
-        return self.shape[0] if self._transposed else self.shape[1]
+        return channel_counts(self.node, self.shape)[1]
 
     @property
     def inputs(self) -> int:
         """Number of input channels (axis 1 of the input)."""
-        if self.node.op_type == "Conv":
-            return self.shape[1] * self.groups
-        if self.node.op_type == "ConvTranspose":
-            return self.shape[0]
-        return self.shape[1] if self._transposed else self.shape[0]
+        return channel_counts(self.node, self.shape)[0]
 
     @property
     def _transposed(self) -> bool:

@@ -13,6 +13,10 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from postquant.passes.rewiring import constant_array
+from postquant.passes.rewiring import is_constant as is_constant
+from postquant.runtime_ops.law_float import MOVING_OPS
+
 INFINITY = math.inf
 
 # Weighted operators: activations times weights. Input 0 is the activation, 1 the weight, 2 the bias.
@@ -20,28 +24,7 @@ WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # Their float output costs an integer kernel nothing: it dequantizes its accumulator itself.
 FLOAT_OUTPUT_IS_FREE = frozenset({"Gemm", "MatMul"})
 # Every output element is an input element or, for Pad, zero (see :func:`preserves_values`).
-MOVES_VALUES = frozenset(
-    {
-        "DepthToSpace",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "GatherElements",
-        "GatherND",
-        "Identity",
-        "MaxPool",
-        "Pad",
-        "Reshape",
-        "Resize",
-        "Slice",
-        "SpaceToDepth",
-        "Split",
-        "Squeeze",
-        "Tile",
-        "Transpose",
-        "Unsqueeze",
-    }
-)
+MOVES_VALUES = (MOVING_OPS - {"Concat"}) | {"MaxPool", "Pad", "Resize"}
 _CLIPS = frozenset({"Relu", "Clip"})
 # Functions into a fixed interval. HardSwish has its minimum at -1.5: -1.5 * (1.5 / 6).
 _BOUNDED = {
@@ -55,18 +38,6 @@ _BOUNDED = {
     "Softplus": (0.0, INFINITY),
     "Sqrt": (0.0, INFINITY),
 }
-
-
-def constant(value: ir.Value | None) -> np.ndarray | None:
-    """The array behind an initializer (loaded if it lies outside the file), or None for a computed value."""
-    if value is None or value.const_value is None or value.is_graph_input():
-        return None
-    return value.const_value.numpy()
-
-
-def is_constant(value: ir.Value | None) -> bool:
-    """Whether a value is an initializer that no caller can override."""
-    return value is not None and value.const_value is not None and not value.is_graph_input()
 
 
 def attribute(node: ir.Node, name: str, default: float | str) -> int | float | str:
@@ -108,6 +79,18 @@ def channel_axis(node: ir.Node) -> int | None:
     if node.op_type == "Gemm":
         return 0 if int(attribute(node, "transB", 0)) else 1
     return 1
+
+
+def channel_counts(node: ir.Node, shape: tuple[int, ...]) -> tuple[int, int]:
+    """``(inputs, outputs)``: channels of a weighted node whose weight, of that shape, is input 1."""
+    groups = int(attribute(node, "group", 1))
+    if node.op_type == "Conv":
+        return shape[1] * groups, shape[0]
+    if node.op_type == "ConvTranspose":
+        return shape[0], shape[1] * groups
+    if node.op_type == "Gemm" and int(attribute(node, "transB", 0)):
+        return shape[1], shape[0]
+    return shape[0], shape[1]
 
 
 def bias_of(node: ir.Node) -> ir.Value | None:
@@ -158,7 +141,7 @@ def preserves_values(node: ir.Node) -> bool:
         return len(node.outputs) == 1 or not node.outputs[1].uses()
     if node.op_type == "Pad" and attribute(node, "mode", "constant") == "constant":
         fill = node.inputs[2] if len(node.inputs) > 2 else None
-        value = constant(fill)
+        value = constant_array(fill)
         return fill is None or (value is not None and not np.any(value))
     return True
 
@@ -174,7 +157,7 @@ def clip_bounds(node: ir.Node) -> tuple[float, float] | None:
         bound = node.inputs[index] if index < len(node.inputs) else None
         if bound is None:
             continue
-        array = constant(bound)
+        array = constant_array(bound)
         if array is None or array.size != 1:
             return None
         if index == 1:

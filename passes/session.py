@@ -99,12 +99,17 @@ def custom_operators(libraries: Iterable[str | os.PathLike[str]]) -> Iterator[No
     Args:
         libraries: Paths; those of an outer block stay registered.
     """
-    known = (*_LIBRARIES.get(), *(os.fspath(library) for library in libraries))
+    known = (*_LIBRARIES.get(), *_absolute(libraries))
     token = _LIBRARIES.set(tuple(dict.fromkeys(known)))
     try:
         yield
     finally:
         _LIBRARIES.reset(token)
+
+
+def _absolute(libraries: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """Paths with a folder: the system looks for a bare file name elsewhere."""
+    return [os.path.abspath(os.fspath(library)) for library in libraries]
 
 
 def first_sentence(error: BaseException) -> str:
@@ -167,7 +172,7 @@ def make_session(
         prepack = sum(value.const_value.nbytes for value in cut.initializers if value.const_value) < _PREPACK_BYTES
     if options is None:
         options = session_options(threads=threads, optimize=optimize, prepack=prepack)
-    for library in dict.fromkeys((*_LIBRARIES.get(), *(os.fspath(path) for path in custom_ops))):
+    for library in dict.fromkeys((*_LIBRARIES.get(), *_absolute(custom_ops))):
         try:
             options.register_custom_ops_library(library)
         except Exception as error:  # onnxruntime's exceptions share no base class below Exception

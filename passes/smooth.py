@@ -10,10 +10,12 @@ the others take the codes of all; after the migration they do not. The output st
 Who divides ``x`` by ``s``:
 
 1. Where every reader of ``x`` takes part, the nodes that make it, for nothing: the scale and bias of a
-   LayerNormalization, the vector of a Mul (Gelu's constant 0.5 becomes a vector), Div or Add, the columns of a MatMul or
-   Gemm; reached back through Add, Mul, Div, Relu and LeakyRelu whose inputs nobody else reads.
+   LayerNormalization, the vector of a Mul (Gelu's constant 0.5 becomes a vector), Div or Add, the columns of a MatMul
+   or Gemm; reached back through Add, Mul, Div, Relu and LeakyRelu whose inputs nobody else reads.
 2. Otherwise, a Mul by ``1 / s`` in front of these layers only: a residual Add still reads ``x`` itself.
    Not where ``x`` comes from a convolution: its integer kernel would have to write floats.
+
+A Reshape that keeps the last axis may lie between ``x`` and the layers (exports that turn MatMul into Gemm have it).
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ Vector = npt.NDArray[np.float64]
 
 # f(x / s) = f(x) / s for every positive factor per channel.
 _HOMOGENEOUS = ("Relu", "LeakyRelu")
+# Nodes whose result has the shape of their input, or of their two broadcast inputs.
+_ONE_TO_ONE = ("Relu", "LeakyRelu", "Erf", "Tanh", "Sigmoid", "Gelu", "Softmax", "LayerNormalization")
+_TWO_TO_ONE = ("Add", "Sub", "Mul", "Div")
 # Behind these nothing is known to be an integer any more; a search for convolutions ends here.
 _FLOAT_AGAIN = ("MatMul", "Gemm", "LayerNormalization", "Softmax", "Gather")
 
@@ -42,7 +47,7 @@ class SmoothGroup:
 
     Attributes:
         value: Name of the tensor.
-        layers: Names of the MatMul and Gemm nodes that read it, in topological order.
+        layers: Names of the MatMul and Gemm nodes that read it, directly or reshaped, in topological order.
         channels: Length K of its last axis.
         absorbed: Whether the nodes that make the tensor take the factors; a Mul is inserted otherwise.
     """
@@ -78,8 +83,9 @@ def smooth_groups(model: ir.Model) -> list[SmoothGroup]:
     """
     readers: dict[ir.Value, list[ir.Node]] = {}
     for node in model.graph:
-        if _depth(node) is not None and node.inputs[0] is not None:
-            readers.setdefault(node.inputs[0], []).append(node)
+        depth = _depth(node)
+        if depth is not None and node.inputs[0] is not None:
+            readers.setdefault(_root(node.inputs[0], depth), []).append(node)
     found = []
     for value, nodes in readers.items():
         depths = {_depth(node) for node in nodes}
@@ -120,8 +126,9 @@ class SmoothPass(ir.passes.InPlacePass):
                 continue
             modified = True
             layers = [nodes[name] for name in group.layers]
-            value = layers[0].inputs[0]
-            assert value is not None
+            first = layers[0].inputs[0]
+            assert first is not None
+            value = _root(first, group.channels)
             if group.absorbed:
                 shares = _shares_of_group(value, layers, group.channels)
                 assert shares is not None
@@ -130,7 +137,8 @@ class SmoothPass(ir.passes.InPlacePass):
             else:
                 _insert_mul(graph, value, layers, 1.0 / factor, initializers)
             for layer in layers:
-                rows = 1 if is_op(layer, "Gemm") and layer.attributes.get_int("transB", 0) else 0
+                transposed = is_op(layer, "Gemm") and layer.attributes.get_int("transB", 0) != 0
+                rows = 1 if transposed else 0
                 _take(_Share(layer, 1, axis=rows, multiply=True), factor, initializers)
         return ir.passes.PassResult(model, modified=modified)
 
@@ -140,14 +148,36 @@ def _depth(node: ir.Node) -> int | None:
     if not is_op(node, "MatMul", "Gemm") or not is_float_constant(node.inputs[1]):
         return None
     shape = constant_tensor(node.inputs[1]).shape.numpy()
-    if len(shape) != 2 or node.attributes.get_int("transA", 0):
+    if len(shape) != 2 or node.attributes.get_int("transA", 0) != 0:
         return None
     return int(shape[1] if node.attributes.get_int("transB", 0) else shape[0])
 
 
+def _root(value: ir.Value, channels: int) -> ir.Value:
+    """The value itself, or what a Reshape in front of layers alone reads if the last axis stays as it is."""
+    node = value.producer()
+    if not is_op(node, "Reshape") or node is None or value.is_graph_output():
+        return value
+    source = node.inputs[0]
+    if source is None or _width(source) != channels or any(use.idx != 0 or not _depth(use.node) for use in value.uses()):
+        return value
+    return source
+
+
+def _entries(value: ir.Value, layers: Sequence[ir.Node]) -> list[ir.Node]:
+    """The nodes through which layers read a value as their input 0: themselves, or a Reshape."""
+    found = []
+    for use in value.uses():
+        node = use.node
+        through = is_op(node, "Reshape") and node.outputs[0].uses() and not node.outputs[0].is_graph_output()
+        if use.idx == 0 and (node in layers or (through and all(u.node in layers for u in node.outputs[0].uses()))):
+            found.append(node)
+    return found
+
+
 def _shares_of_group(value: ir.Value, layers: Sequence[ir.Node], channels: int) -> list[_Share] | None:
     """The constants that divide ``value`` by the factors, or None if that is not possible for nothing."""
-    if value.is_graph_output() or any(use.node not in layers or use.idx != 0 for use in value.uses()):
+    if value.is_graph_output() or len(_entries(value, layers)) < len(value.uses()):
         return None
     return _shares(value, channels)
 
@@ -163,6 +193,9 @@ def _shares(value: ir.Value, channels: int) -> list[_Share] | None:
         return _weighted(node, channels)
     if is_op(node, *_HOMOGENEOUS):
         return _behind(node, 0, channels)
+    if is_op(node, "Reshape"):
+        source = node.inputs[0]
+        return _behind(node, 0, channels) if source is not None and _width(source) == channels else None
     if is_op(node, "Mul"):
         return _first(_constant(node, 1, channels), _constant(node, 0, channels)) or _first(
             _behind(node, 1, channels), _behind(node, 0, channels)
@@ -231,11 +264,23 @@ def _weighted(node: ir.Node, channels: int) -> list[_Share] | None:
 
 
 def _width(value: ir.Value) -> int | None:
-    """Length of the last axis, if known."""
-    if value.shape is None or value.shape.rank() == 0:
-        return None
-    last = value.shape[-1]
-    return last if isinstance(last, int) else None
+    """Length of the last axis if the value's shape or the nodes that make it tell, else None."""
+    if value.shape is not None:
+        last = value.shape[-1] if value.shape.rank() else 1
+        if isinstance(last, int):
+            return last
+    if semantics.is_constant(value):
+        shape = constant_tensor(value).shape.numpy()
+        return int(shape[-1]) if shape else 1
+    node = value.producer()
+    if is_op(node, "MatMul", "Gemm") and node is not None and _depth(node) is not None:
+        shape = constant_tensor(node.inputs[1]).shape.numpy()
+        return int(shape[0] if node.attributes.get_int("transB", 0) else shape[1])
+    if is_op(node, *_ONE_TO_ONE, *_TWO_TO_ONE) and node is not None:
+        widths = [_width(v) for v in node.inputs[: 2 if node.op_type in _TWO_TO_ONE else 1] if v is not None]
+        # A known length above 1 is the result's, whatever the other operand has.
+        return max((w for w in widths if w is not None and w > 1), default=None)
+    return None
 
 
 def _from_convolution(value: ir.Value) -> bool:
@@ -270,6 +315,7 @@ def _insert_mul(
     graph: ir.Graph, value: ir.Value, layers: Sequence[ir.Node], scale: Vector, initializers: Initializers
 ) -> None:
     """Puts a Mul between a value and the layers."""
+    entries = _entries(value, layers)
     dtype = constant_tensor(layers[0].inputs[1]).dtype
     taken = {node.name for node in graph} | {output.name for node in graph for output in node.outputs}
     name, number = f"{value.name}_smoothed", 0
@@ -284,5 +330,5 @@ def _insert_mul(
         graph.insert_before(next(iter(graph)), node)
     else:
         graph.insert_after(producer, node)
-    for layer in layers:
-        layer.replace_input_with(0, output)
+    for entry in entries:
+        entry.replace_input_with(0, output)

@@ -201,9 +201,9 @@ def verify(
             from postquant.pipeline.summary import print_checks
 
             print_checks(checks, _console())
-        failed = [check.name for check in checks if not check.passed]
+        failed = [f"{check.name}: {check.detail.rstrip('.')}" for check in checks if not check.passed]
         if failed:
-            raise VerificationError("the verification failed", where=directory, found=", ".join(failed))
+            raise VerificationError("the verification failed", where=directory, found="; ".join(failed))
 
 
 @app.command()

@@ -47,12 +47,12 @@ def decide_concats(
 
 
 def _only(plan: QuantPlan, names: list[str]) -> QuantPlan:
-    """A plan that quantizes these values only."""
+    """A plan that quantizes these values only, with everything that shares their codes."""
     keys = {plan.shared.get(name, name) for name in names}
     return dataclasses.replace(
         plan,
         activations={key: entry for key, entry in plan.activations.items() if key in keys},
-        shared={name: key for name, key in plan.shared.items() if key in keys and name in names},
+        shared={name: key for name, key in plan.shared.items() if key in keys},
         requants={},
         weights={},
         int_biases={},

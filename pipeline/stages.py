@@ -27,6 +27,7 @@ from postquant.calib.input_means import input_means
 
 from postquant.calib.prefix import Prefix, spaced
 from postquant.calib.ranges import (
+    alternatives,
     collect_statistics,
     effect_options,
     effect_ranges,
@@ -40,11 +41,12 @@ from postquant.calib.trial import Trial, keep_better
 from postquant.calib.weight_search import Objective as SearchObjective
 from postquant.calib.weight_search import SearchOptions
 from postquant.calib.weight_start import start_weights
-from postquant.passes.align_input import AlignInputPass, exact_quantizers
+from postquant.passes.align_input import AlignInputPass, with_exact_inputs
 from postquant.passes.biases import fit_biases
 from postquant.passes.emit import emit
 from postquant.passes.equalize import EqualizePass
 from postquant.passes.place import place
+from postquant.passes.input_levels import InputGrid
 from postquant.passes.plan import QuantPlan
 from postquant.passes.smooth import SmoothPass, smooth_groups
 from postquant.pipeline.concats import decide_concats
@@ -86,8 +88,9 @@ def run_pipeline(job: Job) -> Outcome:
         prepared = _simplify(job, log, folder, threads)
         reference = prepared.model
         model, plan = _change_graph(job, reference, log, threads)
+        fixed = _decided(plan)
         plan = _decide_ranges(job, model, plan, log, threads)
-        plan = _search_scales(job, reference, model, plan, log, folder, threads)
+        plan = _search_scales(job, reference, model, plan, log, folder, threads, fixed=fixed)
         job.progress.stage("emit")
         plan = fit_biases(model, plan)
         emitted = emit(model, plan, weight_storage=job.config.weight_storage or job.target.weight_storage)
@@ -115,16 +118,14 @@ def _change_graph(job: Job, reference: ir.Model, log: StageLog, threads: int) ->
     """Changes that leave the float outputs equal and make the tensors easier to quantize; and placement."""
     config, source = job.config, job.source
     model = reference.clone()
-    exact = {}
+    grids: dict[str, InputGrid] = {}
     if _wanted(config, config.align_input):
         job.progress.stage("align inputs")
         names = [value.name for value in model.graph.inputs if value.name and value.dtype == ir.DataType.FLOAT]
         grids = find_grids(source, names)
         aligned = AlignInputPass(grids)
         aligned(model)
-        exact = exact_quantizers(model, grids)
-        if exact:
-            log.add("align inputs", f"quantized without loss: {', '.join(sorted(exact))}")
+        log.note(*aligned.notes)
     if _wanted(config, config.smooth):
         groups = smooth_groups(model)
         if groups:
@@ -136,9 +137,10 @@ def _change_graph(job: Job, reference: ir.Model, log: StageLog, threads: int) ->
             log.add("smooth", f"{len(factors)} of {len(groups)} groups of MatMul inputs", kept=bool(factors))
     plan = place(model, job.target, placement_settings(config))
     log.note(*plan.notes)
-    for name, quantizer in exact.items():
-        if plan.activations.get(name) == quantizer.spec:
-            plan = plan.with_activation(name, quantizer)
+    plan = with_exact_inputs(plan, model, grids)
+    exact = _decided(plan)
+    if exact:
+        log.add("align inputs", f"quantized without loss: {', '.join(sorted(exact))}")
     return _equalize(job, reference, model, plan, log, threads), plan
 
 
@@ -194,7 +196,9 @@ def _decide_ranges(job: Job, model: ir.Model, plan: QuantPlan, log: StageLog, th
             log.note("ranges were chosen by tensor error: measuring effects on the outputs would cost too much")
         job.progress.stage("choose ranges", len(places))
         decided = effect_ranges(model, plan, source, statistics, effect, progress=job.progress.advance)
-        plan = decided.plan
+        name, kept = _generalizing(model, source, alternatives(model, plan, decided.plan, statistics), threads)
+        decided = dataclasses.replace(decided, plan=kept)
+        log.add("choice of ranges", name)
     log.note(*decided.notes)
     plan = start_weights(model, decided.plan, p=config.lp if config.method is Method.MSE else None)
     if method is None:
@@ -202,6 +206,23 @@ def _decide_ranges(job: Job, model: ir.Model, plan: QuantPlan, log: StageLog, th
     log.add("ranges", config.method.value)
     job.checkpoint.save("ranges", plan=plan, data=log.since_resume())
     return plan
+
+
+def _generalizing(
+    model: ir.Model, source: CalibrationSource, plans: Mapping[str, QuantPlan], threads: int
+) -> tuple[str, QuantPlan]:
+    """The plan with the smallest output error on samples that the choice of ranges has not seen."""
+    trial = Trial(model, source, threads=threads)
+    first = start_weights(model, next(iter(plans.values())))
+    means = input_means(model, first, source, samples=16, threads=threads)
+    corrected = correct_biases(model, first, means)
+    outcomes = []
+    for plan in plans.values():
+        candidate = dataclasses.replace(
+            corrected, activations=plan.activations, requants=plan.requants
+        )
+        outcomes.append(trial.measure(model, candidate))
+    return list(plans.items())[keep_better(outcomes)]
 
 
 def _search_scales(
@@ -212,6 +233,8 @@ def _search_scales(
     log: StageLog,
     folder: pathlib.Path,
     threads: int,
+    *,
+    fixed: frozenset[str],
 ) -> QuantPlan:
     """EasyQuant and bias correction, each kept only where the output error falls."""
     saved = job.checkpoint.load("search")
@@ -233,6 +256,7 @@ def _search_scales(
             Prefix(model, source, folder, threads=threads),
             _search_options(config),
             WorkLimits(seed=config.seed),
+            fixed=fixed,
             judge=_judge(model, plan, source, threads),
         )
         result = search.run(plan, job.progress.advance)
@@ -308,6 +332,11 @@ def _judge(
 def _wanted(config: QuantConfig, switch: bool | None) -> bool:
     """Whether a technique is on: as the switch says or, where it is left open, with EasyQuant only."""
     return config.method is Method.EASYQUANT if switch is None else switch
+
+
+def _decided(plan: QuantPlan) -> frozenset[str]:
+    """Activations that have their numbers already."""
+    return frozenset(name for name, entry in plan.activations.items() if isinstance(entry, TensorQuantizer))
 
 
 def _unique(notes: Sequence[str]) -> tuple[str, ...]:

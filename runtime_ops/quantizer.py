@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from postquant.runtime_ops import law
 from postquant.runtime_ops.spec import QuantSpec, Rounding
+
+T = TypeVar("T", bound=np.generic)
 
 # A step never gets smaller than this: a constant-zero tensor or channel still has a valid, harmless scale.
 SMALLEST_SCALE = np.float32(1e-30)
@@ -96,16 +100,7 @@ class TensorQuantizer:
 
     def quantize(self, x: npt.NDArray[np.floating]) -> npt.NDArray[np.integer]:
         """Codes of ``x`` in the spec's container type (:func:`postquant.runtime_ops.law.quantize`)."""
-        codes = law.quantize(
-            x,
-            self.scale,
-            self.zero_point,
-            qmin=self.spec.qmin,
-            qmax=self.spec.qmax,
-            axis=self.spec.axis,
-            half_away=self.spec.rounding is Rounding.HALF_AWAY,
-        )
-        return codes.astype(self.spec.container)
+        return self._apply(law.quantize, x).astype(self.spec.container)
 
     def dequantize(self, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         """Values of ``codes`` (:func:`postquant.runtime_ops.law.dequantize`)."""
@@ -115,7 +110,11 @@ class TensorQuantizer:
         """``dequantize(quantize(x))``, or the chosen codes' values when the quantizer holds codes."""
         if self.codes is not None:
             return self.dequantize(self.codes)
-        return law.simulate(
+        return self._apply(law.simulate, x)
+
+    def _apply(self, function: Callable[..., npt.NDArray[T]], x: npt.NDArray[np.floating]) -> npt.NDArray[T]:
+        """``function`` of ``x`` and all numbers: one of the laws that share their arguments."""
+        return function(
             x,
             self.scale,
             self.zero_point,

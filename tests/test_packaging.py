@@ -32,6 +32,8 @@ def run(*command: str | pathlib.Path, cwd: pathlib.Path) -> str:
     result = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
+        # What the caller's environment adds to the path is not what is installed.
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         check=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

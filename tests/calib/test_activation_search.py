@@ -14,13 +14,12 @@ from postquant.calib.activation_search import Reader, scaled, score_of, search_a
 from postquant.calib.weight_search import Objective, SearchOptions
 from postquant.runtime_ops.quantizer import TensorQuantizer
 from postquant.runtime_ops.spec import QuantSpec
-from tests.calib.layer_cases import layer_case
 
 STARTS = np.array([0, 50, 120])
 ALL = SearchOptions(candidates=15)
 
 
-def reader_of(kind: str, seed: int = 0, **changes: Any) -> Reader:
+def reader_of(layer_case: Any, kind: str, seed: int = 0, **changes: Any) -> Reader:
     case = layer_case(kind, seed)
     matrix = case.layer.matrix(case.weight)
     target = case.outputs(case.weight).astype(np.float32)
@@ -52,10 +51,10 @@ def literal_score(quantizer: TensorQuantizer, reader: Reader, objective: Objecti
 
 @pytest.mark.parametrize("objective", list(Objective))
 @pytest.mark.parametrize("kind", ["Conv", "depthwise", "MatMul"])
-def test_scores_are_means_over_samples(objective: Objective, kind: str) -> None:
+def test_scores_are_means_over_samples(layer_case: Any, objective: Objective, kind: str) -> None:
     for ceiling in (None, (0.0, np.inf), (0.0, 1.5)):
         bias = np.random.default_rng(1).standard_normal(layer_case(kind).layer.out_channels).astype(np.float32)
-        reader = reader_of(kind)
+        reader = reader_of(layer_case, kind)
         if ceiling is not None:
             shaped = bias.reshape(reader.matrix.shape[0], -1)
             target = np.clip(reader.target + shaped, *ceiling).astype(np.float32)
@@ -67,8 +66,8 @@ def test_scores_are_means_over_samples(objective: Objective, kind: str) -> None:
 
 @pytest.mark.parametrize("objective", list(Objective))
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_the_best_candidate_of_all(objective: Objective, bits: int) -> None:
-    readers = [reader_of("Conv"), reader_of("MatMul", 1)]
+def test_the_best_candidate_of_all(layer_case: Any, objective: Objective, bits: int) -> None:
+    readers = [reader_of(layer_case, "Conv"), reader_of(layer_case, "MatMul", 1)]
     start = start_of(bits, *readers)
     options = dataclasses.replace(ALL, objective=objective)
     found, score, at_start = search_activation(start, readers, options)
@@ -79,8 +78,8 @@ def test_the_best_candidate_of_all(objective: Objective, bits: int) -> None:
     assert score == pytest.approx(np.mean([literal_score(found, r, objective) for r in readers]), abs=3e-6)
 
 
-def test_coarse_to_fine_is_close_to_the_best_of_100() -> None:
-    reader = reader_of("Conv", 2)
+def test_coarse_to_fine_is_close_to_the_best_of_100(layer_case: Any) -> None:
+    reader = reader_of(layer_case, "Conv", 2)
     start = start_of(4, reader)
     options = SearchOptions()
     _, score, at_start = search_activation(start, [reader], options)
@@ -90,12 +89,12 @@ def test_coarse_to_fine_is_close_to_the_best_of_100() -> None:
     assert score >= at_start
 
 
-def test_ties_go_to_the_start() -> None:
+def test_ties_go_to_the_start(layer_case: Any) -> None:
     """Values that 8 bits hold exactly cannot be improved."""
-    reader = reader_of("MatMul")
+    reader = reader_of(layer_case, "MatMul")
     rows = np.random.default_rng(0).integers(0, 256, reader.rows.shape).astype(np.float32)
     target = np.einsum("pgk,gkm->pgm", rows, reader.matrix).astype(np.float32)
-    start = TensorQuantizer(QuantSpec(8, False, False), np.float32(1).reshape(()), np.int32(0).reshape(()))
+    start = TensorQuantizer(QuantSpec(8, False, False), np.ones((), np.float32), np.zeros((), np.int32))
     for objective in Objective:
         exact = dataclasses.replace(reader, rows=rows, target=target)
         found, score, at_start = search_activation(start, [exact], dataclasses.replace(ALL, objective=objective))
@@ -103,8 +102,8 @@ def test_ties_go_to_the_start() -> None:
         assert score == at_start
 
 
-def test_samples_of_zeros_do_no_harm() -> None:
-    reader = reader_of("MatMul")
+def test_samples_of_zeros_do_no_harm(layer_case: Any) -> None:
+    reader = reader_of(layer_case, "MatMul")
     rows, target = reader.rows.copy(), reader.target.copy()
     rows[50:120], target[50:120] = 0, 0
     silent = dataclasses.replace(reader, rows=rows, target=target)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 
 from postquant.calib.bias_correction import corrected_bias
-from tests.calib.layer_cases import KINDS, layer_case
+
+KINDS = ("Conv", "grouped", "depthwise", "ConvTranspose", "transposed groups", "Gemm", "MatMul")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [2, 8])
-def test_mean_outputs_are_those_of_the_float_weights(kind: str, bits: int) -> None:
+def test_mean_outputs_are_those_of_the_float_weights(layer_case: Any, kind: str, bits: int) -> None:
     case = layer_case(kind)
     quantizer = case.start(bits)
     bias = np.random.default_rng(3).standard_normal(case.layer.out_channels).astype(np.float32)
@@ -29,7 +31,7 @@ def test_mean_outputs_are_those_of_the_float_weights(kind: str, bits: int) -> No
     np.testing.assert_allclose(after.mean(0), case.errors(quantizer, centred=True).reshape(-1), rtol=1e-3, atol=1e-7)
 
 
-def test_exact_weights_change_nothing() -> None:
+def test_exact_weights_change_nothing(layer_case: Any) -> None:
     case = layer_case("Conv")
     quantizer = case.start(8)
     exact = dataclasses.replace(case, weight=quantizer.simulate(case.weight))
@@ -38,7 +40,7 @@ def test_exact_weights_change_nothing() -> None:
     np.testing.assert_array_equal(found, bias)
 
 
-def test_chosen_codes_count() -> None:
+def test_chosen_codes_count(layer_case: Any) -> None:
     case = layer_case("MatMul")
     chosen = dataclasses.replace(case.start(8), codes=np.zeros(case.weight.shape, np.int8))
     mean = case.rows.mean(0)

@@ -11,7 +11,8 @@ import pytest
 from postquant.calib.compensated_rounding import DAMPING, compensate, compensated_codes
 from postquant.calib.moments import Moments
 from postquant.calib.weight_search import SearchOptions, WeightProblem, problem_of, quantize_matrix, search_weight
-from tests.calib.layer_cases import KINDS, layer_case
+
+KINDS = ("Conv", "grouped", "depthwise", "ConvTranspose", "transposed groups", "Gemm", "MatMul")
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
@@ -42,7 +43,7 @@ def error_of(case: Any, codes: Array, scale: Array) -> Doubles:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("block", [1, 3, 64])
-def test_equals_a_literal_gptq(kind: str, bits: int, block: int) -> None:
+def test_equals_a_literal_gptq(layer_case: Any, kind: str, bits: int, block: int) -> None:
     case = layer_case(kind, seed=bits)
     start = case.start(bits)
     matrix, square = case.layer.matrix(case.weight), case.moments().square
@@ -55,7 +56,7 @@ def test_equals_a_literal_gptq(kind: str, bits: int, block: int) -> None:
         assert np.mean(found[group] != expected) < 0.01  # ties fall either way in float32
 
 
-def test_it_helps_where_inputs_are_correlated() -> None:
+def test_it_helps_where_inputs_are_correlated(layer_case: Any) -> None:
     case = layer_case("Conv", count=500)
     start = case.start(3)
     scale = np.ascontiguousarray(case.layer.per_output(start.scale), np.float32)
@@ -68,7 +69,7 @@ def test_it_helps_where_inputs_are_correlated() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("searched", [False, True])
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_never_worse_than_what_it_is_given(kind: str, searched: bool, per_channel: bool) -> None:
+def test_never_worse_than_what_it_is_given(layer_case: Any, kind: str, searched: bool, per_channel: bool) -> None:
     for seed in range(3):
         case = layer_case(kind, seed, count=30)
         options = SearchOptions(candidates=12, centred=False)
@@ -91,7 +92,7 @@ def problem_with(case: Any, square: Doubles) -> WeightProblem:
     return WeightProblem(case.layer, case.weight, Moments(10, np.zeros(square.shape[:2]), square))
 
 
-def test_independent_inputs_are_rounded_to_nearest() -> None:
+def test_independent_inputs_are_rounded_to_nearest(layer_case: Any) -> None:
     case = layer_case("MatMul")
     start = case.start(4)
     square = np.eye(case.layer.depth)[np.newaxis]
@@ -100,7 +101,7 @@ def test_independent_inputs_are_rounded_to_nearest() -> None:
     np.testing.assert_array_equal(found.codes, start.quantize(case.weight))
 
 
-def test_one_row() -> None:
+def test_one_row(layer_case: Any) -> None:
     case = layer_case("MatMul", inputs=1)
     start = case.start(4)
     scale = np.ascontiguousarray(case.layer.per_output(start.scale), np.float32)
@@ -110,7 +111,7 @@ def test_one_row() -> None:
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-12, 1e12])
-def test_singular_moments(size: float) -> None:
+def test_singular_moments(layer_case: Any, size: float) -> None:
     """Fewer samples than inputs, an input that is always zero, two equal ones; in any unit."""
     case = layer_case("Conv", count=5)
     rows = case.rows * np.float32(size**0.5)
@@ -121,7 +122,7 @@ def test_singular_moments(size: float) -> None:
     assert (singular.errors(found) <= singular.errors(case.start(3)) * (1 + 1e-4)).all()
 
 
-def test_dead_layers() -> None:
+def test_dead_layers(layer_case: Any) -> None:
     case = layer_case("depthwise")
     square = case.moments().square
     square[2] = 0  # nothing arrives in one group

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from postquant.calib.moments import MomentSums
-from tests.calib.layer_cases import layer_case
 
 
 @given(st.lists(st.integers(0, 700), min_size=1, max_size=4), st.integers(1, 3), st.integers(1, 5), st.integers(0, 9))
@@ -46,7 +47,7 @@ def test_a_result_may_be_asked_for_in_between() -> None:
 
 
 @pytest.mark.parametrize("kind", ["Conv", "depthwise", "MatMul"])
-def test_errors_of_any_weight_follow_from_them(kind: str) -> None:
+def test_errors_of_any_weight_follow_from_them(layer_case: Any, kind: str) -> None:
     case = layer_case(kind)
     moments = case.moments()
     change = np.random.default_rng(5).standard_normal(case.weight.shape).astype(np.float32)

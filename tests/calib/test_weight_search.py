@@ -11,7 +11,8 @@ import pytest
 from postquant.calib.moments import Moments
 from postquant.calib.weight_search import Objective, SearchOptions, search_weight
 from postquant.runtime_ops.quantizer import TensorQuantizer
-from tests.calib.layer_cases import KINDS, LayerCase, layer_case
+
+KINDS = ("Conv", "grouped", "depthwise", "ConvTranspose", "transposed groups", "Gemm", "MatMul")
 
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -23,7 +24,7 @@ def scaled(start: TensorQuantizer, multiple: float) -> TensorQuantizer:
     return dataclasses.replace(start, scale=(start.scale / np.float32(multiple)).astype(np.float32))
 
 
-def cosines(case: LayerCase, quantizer: TensorQuantizer, *, centred: bool) -> Doubles:
+def cosines(case: Any, quantizer: TensorQuantizer, *, centred: bool) -> Doubles:
     """(G, M) cosine of the outputs; one number for all channels where one scale serves all."""
     outputs, wanted = (case.outputs(w, centred=centred) for w in (quantizer.simulate(case.weight), case.weight))
     axis = 0 if quantizer.spec.axis is not None else None
@@ -32,7 +33,7 @@ def cosines(case: LayerCase, quantizer: TensorQuantizer, *, centred: bool) -> Do
     return np.asarray(inner / np.sqrt(np.maximum(norm, 1e-300) * energy))
 
 
-def best_of_all(case: LayerCase, start: TensorQuantizer, options: SearchOptions) -> Doubles:
+def best_of_all(case: Any, start: TensorQuantizer, options: SearchOptions) -> Doubles:
     """The best score of each channel: cosine, or minus the squared error."""
     multiples = [1.0, *np.linspace(options.alpha, options.beta, options.candidates)]
     if options.objective is Objective.COSINE:
@@ -48,7 +49,7 @@ def best_of_all(case: LayerCase, start: TensorQuantizer, options: SearchOptions)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("centred", [False, True])
 class TestAgainstEveryCandidate:
-    def test_cosine(self, kind: str, bits: int, centred: bool) -> None:
+    def test_cosine(self, layer_case: Any, kind: str, bits: int, centred: bool) -> None:
         case = layer_case(kind)
         options = dataclasses.replace(ALL, centred=centred)
         start = case.start(bits)
@@ -62,7 +63,7 @@ class TestAgainstEveryCandidate:
             other = dataclasses.replace(found, scale=(found.scale * gain).astype(np.float32))
             assert case.errors(found, centred=centred).sum() <= case.errors(other, centred=centred).sum() * (1 + 1e-4)
 
-    def test_mse(self, kind: str, bits: int, centred: bool) -> None:
+    def test_mse(self, layer_case: Any, kind: str, bits: int, centred: bool) -> None:
         case = layer_case(kind)
         options = dataclasses.replace(ALL, centred=centred, objective=Objective.MSE)
         start = case.start(bits)
@@ -74,7 +75,7 @@ class TestAgainstEveryCandidate:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_coarse_to_fine_is_close_to_the_best_of_100(kind: str) -> None:
+def test_coarse_to_fine_is_close_to_the_best_of_100(layer_case: Any, kind: str) -> None:
     case = layer_case(kind, count=400)
     options = SearchOptions(centred=False)
     start = case.start(4)
@@ -86,7 +87,7 @@ def test_coarse_to_fine_is_close_to_the_best_of_100(kind: str) -> None:
 
 
 @pytest.mark.parametrize("objective", list(Objective))
-def test_one_scale_for_the_tensor(objective: Objective) -> None:
+def test_one_scale_for_the_tensor(layer_case: Any, objective: Objective) -> None:
     case = layer_case("MatMul")
     start = case.start(4, per_channel=False)
     options = dataclasses.replace(ALL, objective=objective)
@@ -97,7 +98,7 @@ def test_one_scale_for_the_tensor(objective: Objective) -> None:
     np.testing.assert_allclose(reached, best, rtol=1e-4)
 
 
-def test_dead_channels_and_dead_inputs() -> None:
+def test_dead_channels_and_dead_inputs(layer_case: Any) -> None:
     case = layer_case("Conv")
     weight = case.weight.copy()
     weight[2] = 0
@@ -115,7 +116,7 @@ def test_dead_channels_and_dead_inputs() -> None:
         np.testing.assert_array_equal(kept.simulate(case.weight), start.simulate(case.weight))
 
 
-def test_constant_inputs_leave_the_centred_problem_empty() -> None:
+def test_constant_inputs_leave_the_centred_problem_empty(layer_case: Any) -> None:
     """Where an input never changes, the bias removes its whole error, and the start stays."""
     case = layer_case("MatMul")
     constant = dataclasses.replace(case, rows=np.broadcast_to(case.rows[:1], case.rows.shape).copy())

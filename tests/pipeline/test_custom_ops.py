@@ -104,6 +104,14 @@ def test_loading_says_what_is_missing(result: Result, library: pathlib.Path) -> 
     assert HINT in str(caught.value)
 
 
+def test_a_bare_file_name_is_a_file(result: Result, library: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(library.parent)
+    assert make_session(result.model, custom_ops=[library.name]).output_names == ("y",)
+    with custom_operators([library.name]):
+        monkeypatch.chdir(library.parent.parent)
+        assert make_session(result.model).output_names == ("y",)
+
+
 def test_blocks_nest_and_end(result: Result, library: pathlib.Path) -> None:
     with custom_operators([]), custom_operators([library]), custom_operators([str(library)]):
         x = result.samples[0]

@@ -33,6 +33,7 @@ from postquant.runtime_ops.quantizer import TensorQuantizer
 from postquant.runtime_ops.spec import QuantSpec
 
 _SCALE, _ZERO, _LOW, _HIGH = "postquant_scale", "postquant_zero_point", "postquant_low", "postquant_high"
+_RESULT = "postquant_effect_value_2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +155,8 @@ class OutputEffect:
                     break
             feeds = begin.run(self._samples[index])
             for name in alive:
-                effects[name].append(self._effect(suffix, feeds, candidates[name], self._reference[index]))
+                effect = self._effect(suffix, feeds, candidates[name], self._reference[index], tensor)
+                effects[name].append(effect)
         mean = {name: float(np.mean(effects[name])) for name in alive}
         best_name = min(alive, key=mean.__getitem__)
         self._worst = max(self._worst, mean[best_name])
@@ -166,6 +168,7 @@ class OutputEffect:
         feeds: dict[str, npt.NDArray[Any]],
         quantizer: TensorQuantizer,
         reference: Mapping[str, npt.NDArray[Any]],
+        tensor: str,
     ) -> float:
         low, high = quantizer.range()
         feeds[_SCALE] = quantizer.scale
@@ -174,7 +177,8 @@ class OutputEffect:
         outputs = suffix.run(feeds)
         total = 0.0
         for name, value in outputs.items():
-            expected = reference[name].astype(np.float64)
+            # Where the tensor is an output itself, the output is what its quantizer makes of it.
+            expected = reference[tensor if name == _RESULT else name].astype(np.float64)
             energy = float(np.sum(np.square(expected)))
             total += float(np.sum(np.square(value - expected))) / max(energy, 1e-30)
         if not math.isfinite(total):
@@ -238,8 +242,6 @@ class OutputEffect:
             outputs=reachable,
             threads=self._threads,
         )
-        if outputs is not self._outputs:
-            session.output_names = tuple(tensor if n == result.name else n for n in session.output_names)
         return session, others
 
 

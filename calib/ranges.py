@@ -12,7 +12,7 @@ from postquant.calib.collect import collect, subsampling_note
 from postquant.calib.layers import layers_of
 from postquant.calib.methods import DEFAULT_METHODS
 from postquant.calib.lp_error import LpError
-from postquant.calib.observers import RangeMethod, SampleMean, candidate_ranges
+from postquant.calib.observers import MinMax, RangeMethod, SampleMean, candidate_ranges
 from postquant.calib.output_effect import Choice, EffectOptions, OutputEffect, candidate_quantizers
 from postquant.calib.source import CalibrationSource
 from postquant.calib.statistics import Bounds, TensorStatistics
@@ -183,16 +183,18 @@ def alternatives(
             low, high = max(low * widen, min(observed.low, low)), min(high * widen, max(observed.high, high))
             wider = place.decided(wider, TensorQuantizer.from_range(place.spec, low, high))
         result[name] = wider
-    union, methods = chosen, {method.name: plan for method in (SampleMean(), LpError())}
+    union = chosen
+    own = {method: plan for method in (SampleMean(), LpError(), MinMax())}
     for place in places_of(model, plan):
-        mean = SampleMean().range(statistics[place.value], place.spec)
+        observed = statistics[place.value]
+        mean = SampleMean().range(observed, place.spec)
         low, high = _current(chosen, place).range()
         quantizer = TensorQuantizer.from_range(place.spec, min(low, mean[0]), max(high, mean[1]))
         union = place.decided(union, quantizer)
-        for method in (SampleMean(), LpError()):
-            own = TensorQuantizer.from_range(place.spec, *method.range(statistics[place.value], place.spec))
-            methods[method.name] = place.decided(methods[method.name], own)
-    return {**result, "effect and sample mean": union, **methods}
+        for method, so_far in own.items():
+            low_high = method.range(observed, place.spec)
+            own[method] = place.decided(so_far, TensorQuantizer.from_range(place.spec, *low_high))
+    return {**result, "effect and sample mean": union, **{method.name: found for method, found in own.items()}}
 
 
 def _current(plan: QuantPlan, place: _Place) -> TensorQuantizer:

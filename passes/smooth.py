@@ -9,9 +9,8 @@ the others take the codes of all; after the migration they do not. The output st
 
 Who divides ``x`` by ``s``:
 
-1. Where every reader of ``x`` takes part, the nodes that make it, for nothing: the scale and bias of a
-   LayerNormalization, the vector of a Mul (Gelu's constant 0.5 becomes a vector), Div or Add, the columns of a MatMul
-   or Gemm; reached back through Add, Mul, Div, Relu and LeakyRelu whose inputs nobody else reads.
+1. Where every reader of ``x`` takes part, the nodes that make it, for nothing (:mod:`postquant.passes.absorb`): the
+   scale and bias of a LayerNormalization, Gelu's constant 0.5 (which becomes a vector), the columns of a MatMul.
 2. Otherwise, a Mul by ``1 / s`` in front of these layers only: a residual Add still reads ``x`` itself.
    Not where ``x`` comes from a convolution: its integer kernel would have to write floats.
 
@@ -28,15 +27,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from postquant.passes import semantics
-from postquant.passes.rewiring import Initializers, constant_tensor, derive, is_float_constant, is_op, sole_user
+from postquant.passes.absorb import Share, absorbing_shares, last_axis, matrix_depth, reader_count, take
+from postquant.passes.rewiring import Initializers, constant_tensor, is_op
 
 Vector = npt.NDArray[np.float64]
 
-# f(x / s) = f(x) / s for every positive factor per channel.
-_HOMOGENEOUS = ("Relu", "LeakyRelu")
-# Nodes whose result has the shape of their input, or of their two broadcast inputs.
-_ONE_TO_ONE = ("Relu", "LeakyRelu", "Erf", "Tanh", "Sigmoid", "Gelu", "Softmax", "LayerNormalization")
-_TWO_TO_ONE = ("Add", "Sub", "Mul", "Div")
 # Behind these nothing is known to be an integer any more; a search for convolutions ends here.
 _FLOAT_AGAIN = ("MatMul", "Gemm", "LayerNormalization", "Softmax", "Gather")
 
@@ -58,23 +53,6 @@ class SmoothGroup:
     absorbed: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class _Share:
-    """A constant that takes the factors.
-
-    Attributes:
-        node: Who reads it.
-        index: As which input.
-        axis: Its axis that has the channels, -1 or 0. A constant of length 1 there gets K of them.
-        multiply: Whether it is multiplied by ``s`` (a divisor) instead of divided.
-    """
-
-    node: ir.Node
-    index: int
-    axis: int = -1
-    multiply: bool = False
-
-
 def smooth_groups(model: ir.Model) -> list[SmoothGroup]:
     """All groups of a simplified model's main graph, in topological order of their first layer.
 
@@ -83,12 +61,12 @@ def smooth_groups(model: ir.Model) -> list[SmoothGroup]:
     """
     readers: dict[ir.Value, list[ir.Node]] = {}
     for node in model.graph:
-        depth = _depth(node)
+        depth = matrix_depth(node)
         if depth is not None and node.inputs[0] is not None:
             readers.setdefault(_root(node.inputs[0], depth), []).append(node)
     found = []
     for value, nodes in readers.items():
-        depths = {_depth(node) for node in nodes}
+        depths = {matrix_depth(node) for node in nodes}
         depth = depths.pop()
         if depths or depth is None or value.name is None or semantics.is_constant(value):
             continue
@@ -133,24 +111,14 @@ class SmoothPass(ir.passes.InPlacePass):
                 shares = _shares_of_group(value, layers, group.channels)
                 assert shares is not None
                 for share in shares:
-                    _take(share, factor, initializers)
+                    take(share, factor, initializers)
             else:
                 _insert_mul(graph, value, layers, 1.0 / factor, initializers)
             for layer in layers:
                 transposed = is_op(layer, "Gemm") and layer.attributes.get_int("transB", 0) != 0
                 rows = 1 if transposed else 0
-                _take(_Share(layer, 1, axis=rows, multiply=True), factor, initializers)
+                take(Share(layer, 1, axis=rows, multiply=True), factor, initializers)
         return ir.passes.PassResult(model, modified=modified)
-
-
-def _depth(node: ir.Node) -> int | None:
-    """K of a MatMul or Gemm whose input 1 is a constant float matrix; None for other nodes."""
-    if not is_op(node, "MatMul", "Gemm") or not is_float_constant(node.inputs[1]):
-        return None
-    shape = constant_tensor(node.inputs[1]).shape.numpy()
-    if len(shape) != 2 or node.attributes.get_int("transA", 0) != 0:
-        return None
-    return int(shape[1] if node.attributes.get_int("transB", 0) else shape[0])
 
 
 def _root(value: ir.Value, channels: int) -> ir.Value:
@@ -159,7 +127,11 @@ def _root(value: ir.Value, channels: int) -> ir.Value:
     if not is_op(node, "Reshape") or node is None or value.is_graph_output():
         return value
     source = node.inputs[0]
-    if source is None or _width(source) != channels or any(use.idx != 0 or not _depth(use.node) for use in value.uses()):
+    if (
+        source is None
+        or last_axis(source) != channels
+        or any(use.idx != 0 or not matrix_depth(use.node) for use in value.uses())
+    ):
         return value
     return source
 
@@ -175,112 +147,11 @@ def _entries(value: ir.Value, layers: Sequence[ir.Node]) -> list[ir.Node]:
     return found
 
 
-def _shares_of_group(value: ir.Value, layers: Sequence[ir.Node], channels: int) -> list[_Share] | None:
+def _shares_of_group(value: ir.Value, layers: Sequence[ir.Node], channels: int) -> list[Share] | None:
     """The constants that divide ``value`` by the factors, or None if that is not possible for nothing."""
-    if value.is_graph_output() or len(_entries(value, layers)) < len(value.uses()):
+    if value.is_graph_output() or len(_entries(value, layers)) < reader_count(value):
         return None
-    return _shares(value, channels)
-
-
-def _shares(value: ir.Value, channels: int) -> list[_Share] | None:
-    """The same for a value whose readers all want it divided."""
-    node = value.producer()
-    if node is None or value is not node.outputs[0] or any(output.uses() for output in node.outputs[1:]):
-        return None
-    if is_op(node, "LayerNormalization"):
-        return _layer_normalization(node, channels)
-    if is_op(node, "MatMul", "Gemm"):
-        return _weighted(node, channels)
-    if is_op(node, *_HOMOGENEOUS):
-        return _behind(node, 0, channels)
-    if is_op(node, "Reshape"):
-        source = node.inputs[0]
-        return _behind(node, 0, channels) if source is not None and _width(source) == channels else None
-    if is_op(node, "Mul"):
-        return _first(_constant(node, 1, channels), _constant(node, 0, channels)) or _first(
-            _behind(node, 1, channels), _behind(node, 0, channels)
-        )
-    if is_op(node, "Div"):
-        divisor = _constant(node, 1, channels, multiply=True)
-        return _first(divisor, _constant(node, 0, channels)) or _behind(node, 0, channels)
-    if is_op(node, "Add", "Sub"):
-        both = [_first(_constant(node, i, channels), _behind(node, i, channels)) for i in (0, 1)]
-        # Two constants would have been folded; a residual sum's inputs have other readers.
-        return None if both[0] is None or both[1] is None else [*both[0], *both[1]]
-    return None
-
-
-def _first(*options: list[_Share] | None) -> list[_Share] | None:
-    return next((option for option in options if option is not None), None)
-
-
-def _behind(node: ir.Node, index: int, channels: int) -> list[_Share] | None:
-    """The shares of a computed input that only this node reads."""
-    value = node.inputs[index]
-    graph = node.graph
-    if value is None or not isinstance(graph, ir.Graph) or sole_user(value, graph) is not node:
-        return None
-    return _shares(value, channels) if _width(value) in (None, channels) else None
-
-
-def _constant(node: ir.Node, index: int, channels: int, *, multiply: bool = False) -> list[_Share] | None:
-    """The share of a constant operand of an element-wise node."""
-    value = node.inputs[index]
-    if not is_float_constant(value):
-        return None
-    shape = constant_tensor(value).shape.numpy()
-    width = shape[-1] if shape else 1
-    # A number becomes a vector; that this keeps the result's shape, the result itself must show.
-    if width == channels or (width == 1 and _width(node.outputs[0]) == channels):
-        return [_Share(node, index, multiply=multiply)]
-    return None
-
-
-def _layer_normalization(node: ir.Node, channels: int) -> list[_Share] | None:
-    axis = node.attributes.get_int("axis", -1)
-    rank = None if node.inputs[0] is None or node.inputs[0].shape is None else node.inputs[0].shape.rank()
-    if axis != -1 and (rank is None or axis != rank - 1):
-        return None
-    indices = [i for i in (1, 2) if i < len(node.inputs) and node.inputs[i] is not None]
-    shares = [_constant(node, index, channels) for index in indices]
-    return None if any(share is None for share in shares) else [part for share in shares if share for part in share]
-
-
-def _weighted(node: ir.Node, channels: int) -> list[_Share] | None:
-    """Columns of a matrix; for Gemm its bias too."""
-    if _depth(node) is None:
-        return None
-    transposed = bool(node.attributes.get_int("transB", 0))
-    axis = 0 if transposed else -1
-    if constant_tensor(node.inputs[1]).shape.numpy()[axis] != channels:
-        return None
-    shares = [_Share(node, 1, axis=axis)]
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        bias = _constant(node, 2, channels)
-        if bias is None:
-            return None
-        shares += bias
-    return shares
-
-
-def _width(value: ir.Value) -> int | None:
-    """Length of the last axis if the value's shape or the nodes that make it tell, else None."""
-    if value.shape is not None:
-        last = value.shape[-1] if value.shape.rank() else 1
-        if isinstance(last, int):
-            return last
-    if semantics.is_constant(value):
-        shape = constant_tensor(value).shape.numpy()
-        return int(shape[-1]) if shape else 1
-    node = value.producer()
-    if is_op(node, "MatMul", "Gemm") and node is not None and _depth(node) is not None:
-        shape = constant_tensor(node.inputs[1]).shape.numpy()
-        return int(shape[0] if node.attributes.get_int("transB", 0) else shape[1])
-    if is_op(node, *_ONE_TO_ONE, *_TWO_TO_ONE) and node is not None:
-        widths = [_width(v) for v in node.inputs[: 2 if node.op_type in _TWO_TO_ONE else 1] if v is not None]
-        # A known length above 1 is the result's, whatever the other operand has.
-        return max((w for w in widths if w is not None and w > 1), default=None)
-    return None
+    return absorbing_shares(value, channels)
 
 
 def _from_convolution(value: ir.Value) -> bool:
@@ -297,18 +168,6 @@ def _from_convolution(value: ir.Value) -> bool:
         if not is_op(node, *_FLOAT_AGAIN):
             stack.extend(v for v in node.inputs if v is not None)
     return False
-
-
-def _take(share: _Share, factor: Vector, initializers: Initializers) -> None:
-    """Multiplies or divides a constant along one axis."""
-    tensor = constant_tensor(share.node.inputs[share.index])
-    shape = tuple(int(size) for size in tensor.shape.numpy()) or (1,)
-    scale = factor if share.multiply else 1.0 / factor
-    wide = list(shape)
-    wide[share.axis] = len(scale)
-    aligned = scale.reshape([-1 if axis == share.axis % len(shape) else 1 for axis in range(len(shape))])
-    result = derive(tensor, lambda array: array.reshape(shape) * aligned, tuple(wide))
-    initializers.replace(share.node, share.index, result)
 
 
 def _insert_mul(

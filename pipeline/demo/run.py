@@ -12,7 +12,6 @@ onnxruntime. The folder then holds the models, the data as a user would have the
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import pathlib
 import time
@@ -28,6 +27,7 @@ from postquant.pipeline.config import QuantConfig
 from postquant.pipeline.demo.digits import Digits, load_digits
 from postquant.pipeline.demo.measure import Row, logits, measure
 from postquant.pipeline.demo.peer import OFFERED, PeerMethod, quantize_with_onnxruntime
+from postquant.pipeline.fingerprint import package_versions
 
 SCHEMA_VERSION = 1
 _WIDTHS = ((8, 8), (7, 7), (4, 8), (4, 4))
@@ -162,7 +162,8 @@ def _print(out: pathlib.Path, rows: list[Row], console: Console) -> None:
 
 
 def _write(out: pathlib.Path, rows: list[Row]) -> None:
-    versions = {name: importlib.metadata.version(name) for name in ("postquant", "onnxruntime")}
+    installed = package_versions()
+    versions = {name: installed[name] for name in ("postquant", "onnxruntime")}
     lines = ["# Demo: handwritten digits", "", f"{', '.join(f'{k} {v}' for k, v in versions.items())}.", ""]
     lines += ["| " + " | ".join(_HEADER) + " |", "|---|---|" + "---:|" * (len(_HEADER) - 2)]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]

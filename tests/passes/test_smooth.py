@@ -38,9 +38,9 @@ def arrays(rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
     return {
         "g": 1 + rng.random(K).astype(np.float32),
         "b": rng.standard_normal(K).astype(np.float32),
-        "n": np.float32(0.75),
-        "one": np.float32(1),
-        "half": np.float32(0.5),
+        "n": np.array(0.75, np.float32),
+        "one": np.array(1, np.float32),
+        "half": np.array(0.5, np.float32),
         "v": rng.standard_normal((K, K)).astype(np.float32),
         "w": rng.standard_normal((K, M)).astype(np.float32),
         "u": rng.standard_normal((K, M)).astype(np.float32),
@@ -138,7 +138,7 @@ def test_reshape_between(bench: Any, rng: np.random.Generator, residual: bool) -
     body = "h = LayerNormalization (x, g, b) r = Reshape (h, rows) r2 = Reshape (h, rows) "
     body += "p = Gemm (r, w, c) q = Gemm (r2, u) s = Add (p, q) z = Shape (x) "
     body += "y = Reshape (s, back)" if not residual else "a = Relu (h) y = Concat <axis = -1> (a, b3)"
-    names = {"rows": np.int64([-1, K]), "back": np.int64([2, 3, M]), "b3": np.ones((2, 3, 1), np.float32)}
+    names = {"rows": np.array([-1, K]), "back": np.array([2, 3, M]), "b3": np.ones((2, 3, 1), np.float32)}
     words = body.replace("(", " ").replace(")", " ").replace(",", " ").split()
     used = {name: array for name, array in (arrays(rng) | names).items() if name in words}
     model = bench.model(bench.graph(body.replace("z = Shape (x) ", ""), "float[2,3,6] x", "float[a,b,c] y"), **used)
@@ -222,7 +222,7 @@ def test_bad_factors(factors: npt.NDArray[np.float64]) -> None:
 
 
 def test_real_transformer(bench: Any, rng: np.random.Generator, shared_data: pathlib.Path) -> None:
-    """MiniLM: q, k, v read one tensor beside a residual sum; Gelu's constant takes the factors of the second FFN layer."""
+    """MiniLM: q, k, v read one tensor beside a residual sum; Gelu's constant takes the factors of what reads Gelu."""
     model = bench.real_model(shared_data, "minilm")
     (feed,) = bench.real_feeds(shared_data, "minilm", 1)
     groups = smooth_groups(model)

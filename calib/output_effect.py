@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -110,9 +110,7 @@ class OutputEffect:
         threads: Threads of onnxruntime.
     """
 
-    def __init__(
-        self, model: ir.Model, source: CalibrationSource, options: EffectOptions, *, threads: int = 1
-    ) -> None:
+    def __init__(self, model: ir.Model, source: CalibrationSource, options: EffectOptions, *, threads: int = 1) -> None:
         self._model = model
         self._options = options
         self._threads = threads

@@ -246,4 +246,3 @@ def _dtypes(model: ir.Model, names: Sequence[str] | None) -> dict[str, ir.DataTy
             if point is not None and point.dtype is not None:
                 result[node.outputs[0].name or ""] = point.dtype
     return result
-

@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from postquant.calib.collect import collect, subsampling_note
 from postquant.calib.layers import layers_of
-from postquant.calib.methods import DEFAULT_METHODS
 from postquant.calib.lp_error import LpError
+from postquant.calib.methods import DEFAULT_METHODS
 from postquant.calib.observers import MinMax, RangeMethod, SampleMean, candidate_ranges
 from postquant.calib.output_effect import Choice, EffectOptions, OutputEffect, candidate_quantizers
 from postquant.calib.source import CalibrationSource
@@ -184,7 +184,7 @@ def alternatives(
             wider = place.decided(wider, TensorQuantizer.from_range(place.spec, low, high))
         result[name] = wider
     union = chosen
-    own = {method: plan for method in (SampleMean(), LpError(), MinMax())}
+    own = dict.fromkeys((SampleMean(), LpError(), MinMax()), plan)
     for place in places_of(model, plan):
         observed = statistics[place.value]
         mean = SampleMean().range(observed, place.spec)

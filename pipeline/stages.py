@@ -18,13 +18,12 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx_ir as ir
 import threadpoolctl
 
-from postquant.calib.output_effect import OutputEffect
 from postquant.calib.bias_correction import correct_biases
 from postquant.calib.easyquant import EasyQuant, WorkLimits, sites_of
 from postquant.calib.equalization import equalizations
 from postquant.calib.input_grid import find_grids
 from postquant.calib.input_means import input_means
-
+from postquant.calib.output_effect import OutputEffect
 from postquant.calib.prefix import Prefix, spaced
 from postquant.calib.ranges import (
     alternatives,
@@ -45,10 +44,11 @@ from postquant.passes.align_input import AlignInputPass, with_exact_inputs
 from postquant.passes.biases import fit_biases
 from postquant.passes.emit import emit
 from postquant.passes.equalize import EqualizePass
-from postquant.passes.place import place
 from postquant.passes.input_levels import InputGrid
+from postquant.passes.place import place
 from postquant.passes.plan import QuantPlan
 from postquant.passes.smooth import SmoothPass, smooth_groups
+from postquant.passes.spill import settle_lazy_tensors
 from postquant.pipeline.concats import decide_concats
 from postquant.pipeline.config import Method, QuantConfig
 from postquant.pipeline.job import Job, Outcome
@@ -64,6 +64,8 @@ from postquant.runtime_ops.quantizer import TensorQuantizer
 _PREPARE_SAMPLES = 4
 # Samples on which equalization proves itself.
 _QUICK_SAMPLES = 16
+# Samples on which a moved activation scale proves itself.
+_JUDGE_SAMPLES = 8
 # A model whose weights are larger is simplified again when a run is resumed, instead of being stored twice.
 _LARGEST_SAVED_MODEL = 256 << 20
 
@@ -87,7 +89,7 @@ def run_pipeline(job: Job) -> Outcome:
         log = StageLog(job.progress)
         prepared = _simplify(job, log, folder, threads)
         reference = prepared.model
-        model, plan = _change_graph(job, reference, log, threads)
+        model, plan = _change_graph(job, reference, log, folder, threads)
         fixed = _decided(plan)
         plan = _decide_ranges(job, model, plan, log, threads)
         plan = _search_scales(job, reference, model, plan, log, folder, threads, fixed=fixed)
@@ -114,7 +116,9 @@ def _simplify(job: Job, log: StageLog, folder: pathlib.Path, threads: int) -> Pr
     return prepared
 
 
-def _change_graph(job: Job, reference: ir.Model, log: StageLog, threads: int) -> tuple[ir.Model, QuantPlan]:
+def _change_graph(
+    job: Job, reference: ir.Model, log: StageLog, folder: pathlib.Path, threads: int
+) -> tuple[ir.Model, QuantPlan]:
     """Changes that leave the float outputs equal and make the tensors easier to quantize; and placement."""
     config, source = job.config, job.source
     model = reference.clone()
@@ -130,10 +134,9 @@ def _change_graph(job: Job, reference: ir.Model, log: StageLog, threads: int) ->
         groups = smooth_groups(model)
         if groups:
             job.progress.stage("smooth")
-            factors = choose_smoothing(
-                model, source, groups, abits=config.abits, wbits=config.wbits, threads=threads
-            )
+            factors = choose_smoothing(model, source, groups, abits=config.abits, wbits=config.wbits, threads=threads)
             SmoothPass(factors)(model)
+            settle_lazy_tensors(model, folder)
             log.add("smooth", f"{len(factors)} of {len(groups)} groups of MatMul inputs", kept=bool(factors))
     plan = place(model, job.target, placement_settings(config))
     log.note(*plan.notes)
@@ -144,9 +147,7 @@ def _change_graph(job: Job, reference: ir.Model, log: StageLog, threads: int) ->
     return _equalize(job, reference, model, plan, log, threads), plan
 
 
-def _equalize(
-    job: Job, reference: ir.Model, model: ir.Model, plan: QuantPlan, log: StageLog, threads: int
-) -> ir.Model:
+def _equalize(job: Job, reference: ir.Model, model: ir.Model, plan: QuantPlan, log: StageLog, threads: int) -> ir.Model:
     """Per-channel scales between layers: those that are free, and the others, each kept only where it helps."""
     config = job.config
     free, cross = _wanted(config, config.equalize), _wanted(config, config.cross_layer)
@@ -218,9 +219,7 @@ def _generalizing(
     corrected = correct_biases(model, first, means)
     outcomes = []
     for plan in plans.values():
-        candidate = dataclasses.replace(
-            corrected, activations=plan.activations, requants=plan.requants
-        )
+        candidate = dataclasses.replace(corrected, activations=plan.activations, requants=plan.requants)
         outcomes.append(trial.measure(model, candidate))
     return list(plans.items())[keep_better(outcomes)]
 
@@ -288,9 +287,7 @@ def _verify(
     """Compares the emitted model on onnxruntime with the plan and with the float model."""
     job.progress.stage("verify")
     samples = SubsetSource(job.source, spaced(len(job.source), job.config.verify_samples))
-    verification = verify_model(
-        model, emitted, plan, samples, threads=threads, strict=False, reference=prepared.model
-    )
+    verification = verify_model(model, emitted, plan, samples, threads=threads, strict=False, reference=prepared.model)
     for output in verification.outputs[:1]:
         log.add("verify", "onnxruntime against the plan", sqnr_db=output.sqnr_db)
     report = dataclasses.replace(
@@ -325,7 +322,9 @@ def _judge(
     if options is None:
         return None
     # Two candidates only: nothing to screen.
-    effect = OutputEffect(model, source, dataclasses.replace(options, screening=options.samples), threads=threads)
+    effect = OutputEffect(
+        model, source, dataclasses.replace(options, samples=_JUDGE_SAMPLES, screening=_JUDGE_SAMPLES), threads=threads
+    )
     return lambda tensor, reader, quantizers: effect.choose(tensor, quantizers, reader=reader).quantizer
 
 

@@ -4,7 +4,8 @@
 
 Prints one JSON line per model, setting and quantizer: the line of ``eval.py`` (task metric, agreement and SQNR against
 the float model) with CPU seconds, peak memory and file size of the quantization. ``--markdown`` adds the table.
-``--ablation`` measures ours step by step instead: min-max, MSE, EasyQuant, + bias correction, + equalization.
+``--ablation`` measures ours step by step instead: min-max, MSE, EasyQuant, + bias correction, and all of it (with
+lossless inputs, equalization and smoothing).
 """
 
 from __future__ import annotations

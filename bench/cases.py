@@ -78,7 +78,12 @@ CASES = (
 )
 
 # Each line adds one thing to the line before.
-_PLAIN: tuple[tuple[str, str | bool], ...] = (("equalize", False), ("cross_layer", False), ("smooth", False))
+_PLAIN: tuple[tuple[str, str | bool], ...] = (
+    ("align_input", False),
+    ("equalize", False),
+    ("cross_layer", False),
+    ("smooth", False),
+)
 ABLATION_STEPS: tuple[tuple[str, tuple[tuple[str, str | bool], ...]], ...] = (
     ("minmax", (("method", "minmax"), ("bias_correction", False), *_PLAIN)),
     ("mse", (("method", "mse"), ("bias_correction", False), *_PLAIN)),

@@ -28,8 +28,8 @@ import onnx_ir as ir
 from postquant.calib.activation_search import Reader, search_activation
 from postquant.calib.compensated_rounding import compensate
 from postquant.calib.layers import Layer, layers_of
-from postquant.calib.moments import Moments, MomentSums
 from postquant.calib.prefix import Prefix
+from postquant.calib.site_data import SiteData, WorkLimits, sampled_positions
 from postquant.calib.weight_search import SearchOptions, WeightProblem, problem_of, search_weight
 from postquant.passes import semantics
 from postquant.passes.plan import QuantPlan
@@ -42,28 +42,6 @@ Judge = Callable[[str, tuple[str, int] | None, Mapping[str, TensorQuantizer]], T
 
 # Alternations beyond this have not been seen; the bound makes the loop finite.
 _MOST_ROUNDS = 8
-_SCALE_MOVED = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class WorkLimits:
-    """How much data the search sees.
-
-    Attributes:
-        positions_per_sample: Output positions of a sample that enter second moments.
-        search_samples: Samples whose rows judge activation candidates.
-        search_rows: Rows that judge activation candidates, over all samples.
-        search_elements: Bound of rows times row length, for wide layers.
-        max_depth: Largest K for which second moments are kept.
-        seed: Of the sampled positions.
-    """
-
-    positions_per_sample: int = 49
-    search_samples: int = 64
-    search_rows: int = 8192
-    search_elements: int = 1 << 18
-    max_depth: int = 2048
-    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,17 +222,20 @@ class EasyQuant:
             )
         return plan, changes
 
-    def _collect(self, plan: QuantPlan, done: QuantPlan, site: _Site, before: Sequence[str]) -> _SiteData:
+    def _collect(self, plan: QuantPlan, done: QuantPlan, site: _Site, before: Sequence[str]) -> SiteData:
         """One pass over all samples: moments at the start's scale, and rows of a part of the samples."""
         limits = self._limits
         entry = plan.activations[site.tensor] if site.key is not None else None
         stored = entry if isinstance(entry, TensorQuantizer) else None
-        data = _SiteData(site.layers, _quantizer(plan, site), limits)
+        data = SiteData(site.layers, _quantizer(plan, site), limits)
         inputs = list(dict.fromkeys(layer.input for layer in site.layers))
+        stride = max(self._prefix.samples // limits.sampled_samples, 1)
         for index, (exact, quantized) in enumerate(self._prefix.stream(done, inputs, decided=before)):
             for layer in site.layers:
                 x = quantized[layer.input]
-                positions = _positions(layer, x.shape, limits.positions_per_sample, limits.seed, index)
+                positions = sampled_positions(layer, x.shape, limits.positions_per_sample, limits.seed, index)
+                if positions is not None and exact is None and index % stride:
+                    continue
                 rows = layer.rows(x, positions)
                 if stored is not None:
                     rows = stored.simulate(rows)
@@ -262,7 +243,7 @@ class EasyQuant:
                 data.add(layer, rows, float_rows, complete=positions is None)
         return data
 
-    def _reader(self, layer: Layer, data: _SiteData, quantizer: TensorQuantizer, weight: FloatArray) -> Reader:
+    def _reader(self, layer: Layer, data: SiteData, quantizer: TensorQuantizer, weight: FloatArray) -> Reader:
         matrix = layer.matrix(quantizer.simulate(weight)).astype(np.float32)
         exact, quantized, starts = data.search_rows(layer)
         target = np.matmul(exact.transpose(1, 0, 2), layer.matrix(weight)).transpose(1, 0, 2)
@@ -270,70 +251,11 @@ class EasyQuant:
         bias = None
         if bounds is not None and layer.bias is not None:
             value = layer.node.inputs[2]
-            assert value is not None and value.const_value is not None
+            assert value is not None
+            assert value.const_value is not None
             bias = value.const_value.numpy().astype(np.float32).reshape(layer.groups, -1)
             target = np.clip(target + bias, *bounds)
         return Reader(layer, target, quantized, starts, matrix, bounds if bias is not None else None, bias)
-
-
-class _SiteData:
-    """What one pass over the samples leaves for the layers of a site."""
-
-    def __init__(self, layers: Sequence[Layer], quantizer: TensorQuantizer, limits: WorkLimits) -> None:
-        self.exact = {layer.name: True for layer in layers}
-        self._quantizer = quantizer
-        self._limits = limits
-        self._sums = {
-            layer.name: MomentSums(layer.groups, layer.depth) for layer in layers if layer.depth <= limits.max_depth
-        }
-        self._moments: dict[str, Moments] = {}
-        self._rows: dict[str, list[tuple[FloatArray, FloatArray]]] = {layer.name: [] for layer in layers}
-        self._total = {layer.name: np.zeros((layer.groups, layer.depth)) for layer in layers}
-        self._count = dict.fromkeys(self._total, 0)
-
-    def add(self, layer: Layer, rows: FloatArray, float_rows: FloatArray | None, *, complete: bool) -> None:
-        """Adds the rows of one sample: behind the quantized prefix and, for some samples, in float."""
-        name = layer.name
-        self.exact[name] &= complete and name in self._sums
-        if name in self._sums:
-            self._sums[name].update(self._quantizer.simulate(rows))
-        if float_rows is not None and len(rows):
-            self._total[name] += float_rows.sum(0, dtype=np.float64)
-            self._count[name] += len(float_rows)
-            most = min(self._limits.search_rows, self._limits.search_elements // (layer.groups * layer.depth))
-            few = max(most // self._limits.search_samples, 8)
-            spread = np.arange(min(few, len(rows))) * len(rows) // min(few, len(rows))
-            self._rows[name].append((float_rows[spread], rows[spread]))
-
-    def moments(self, layer: Layer, quantizer: TensorQuantizer) -> Moments:
-        """Moments over all samples; over the search rows for a layer too deep.
-
-        They were taken at the start's activation scale. Another scale changes the rounding noise in them, which
-        matters little to a weight; the search rows take its place when the scale moved by more than a tenth.
-        """
-        name = layer.name
-        moved = abs(float(quantizer.scale / self._quantizer.scale) - 1.0) > _SCALE_MOVED
-        if name in self._sums and not (moved and self._enough_rows(layer)):
-            if name not in self._moments:
-                self._moments[name] = self._sums[name].result()
-            return self._moments[name]
-        sums = MomentSums(layer.groups, layer.depth)
-        sums.update(quantizer.simulate(self.search_rows(layer)[1]))
-        return sums.result()
-
-    def _enough_rows(self, layer: Layer) -> bool:
-        return sum(len(part[0]) for part in self._rows[layer.name]) >= 8 * layer.depth
-
-    def search_rows(self, layer: Layer) -> tuple[FloatArray, FloatArray, npt.NDArray[np.int64]]:
-        """(P, G, K) rows in float and behind the prefix, and where each sample starts."""
-        parts = self._rows[layer.name]
-        lengths = [len(part[0]) for part in parts]
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
-        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]), starts
-
-    def float_mean(self, layer: Layer) -> FloatArray:
-        """(G, K) mean of the float rows."""
-        return (self._total[layer.name] / max(self._count[layer.name], 1)).astype(np.float32)
 
 
 def _gain_db(
@@ -345,15 +267,6 @@ def _gain_db(
     if new <= 0 or old <= 0:
         return 0.0
     return float(10 * np.log10(old / new))
-
-
-def _positions(layer: Layer, shape: Sequence[int], limit: int, seed: int, index: int) -> npt.NDArray[np.int64] | None:
-    """A seeded choice of output positions of one sample; None for all."""
-    count = layer.positions(shape)
-    if count <= limit:
-        return None
-    generator = np.random.default_rng([seed, index, count])
-    return np.sort(generator.choice(count, limit, replace=False))
 
 
 def _following_bounds(layer: Layer) -> tuple[float, float] | None:
@@ -368,8 +281,8 @@ def _following_bounds(layer: Layer) -> tuple[float, float] | None:
 
 def _topological(model: ir.Model, plan: QuantPlan) -> list[str]:
     """Stored tensors in the order in which the network makes them."""
-    values = [v.name for v in model.graph.inputs] + [v.name for node in model.graph for v in node.outputs]
-    return [name for name in values if name in plan.activations]
+    values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
+    return [v.name for v in values if v.name is not None and v.name in plan.activations]
 
 
 def _up_to(plan: QuantPlan, before: Sequence[str], decided: set[str], site: _Site) -> QuantPlan:

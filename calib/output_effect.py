@@ -46,8 +46,8 @@ class EffectOptions:
         finalists: Candidates that survive the screening.
     """
 
-    samples: int = 16
-    screening: int = 4
+    samples: int = 12
+    screening: int = 3
     finalists: int = 2
 
 
@@ -74,10 +74,11 @@ def candidate_quantizers(spec: QuantSpec, ranges: Mapping[str, Range]) -> dict[s
         ranges: Observer name -> (low, high).
     """
     by_width = sorted(ranges.items(), key=lambda item: (item[1][1] - item[1][0], item[0]))
-    named: list[tuple[str, Range]] = []
     narrowest = by_width[0][1]
-    for factor in (0.5, 0.65, 0.8, 0.9) if spec.bits < 7 else (0.9,):
-        named.append((f"{by_width[0][0]} x {factor:g}", (narrowest[0] * factor, narrowest[1] * factor)))
+    named: list[tuple[str, Range]] = [
+        (f"{by_width[0][0]} x {factor:g}", (narrowest[0] * factor, narrowest[1] * factor))
+        for factor in ((0.5, 0.65, 0.8, 0.9) if spec.bits < 7 else (0.9,))
+    ]
     for (name, bounds), following in zip(by_width, [*by_width[1:], None], strict=True):
         named.append((name, bounds))
         if following is None:

@@ -3,8 +3,8 @@
 Scale search goes through the network from its inputs to its outputs. For each tensor it needs, sample by sample, the
 float value and the value that the quantized network computed so far produces. Running both networks from their inputs
 for every tensor would cost the square of the depth; instead the values that cross a cut (the *frontier*) are written to
-a temporary file from time to time, integer codes as integers, and the next layers start from there. Memory stays that of
-one sample; the file holds one cut of the network for all samples, wherever a cut is small.
+a temporary file from time to time, integer codes as integers, and the next layers start from there. Memory stays that
+of one sample; the file holds one cut of the network for all samples, wherever a cut is small.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import dataclasses
 import pathlib
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -90,9 +90,8 @@ class Prefix:
         Args:
             plan: The decisions so far; all that the tensors depend on is decided, the tensors themselves are not.
             tensors: Values of the float model.
-            limit: Only so many samples, evenly spaced.
             decided: Tensors whose readers may still come but whose makers never run again: the next calls will
-                start behind them. Only without ``limit``.
+                start behind them, provided that all samples were taken.
 
         Yields:
             The float values and those behind the quantized prefix, before their own quantizer, by name.
@@ -118,15 +117,18 @@ class Prefix:
         ]
         self._number += 1
         files = [self._folder / f"{self._number}-{side}.cut" for side in ("float", "quantized")]
-        writers = [open(path, "wb") if cut else None for path, cut in zip(files, cuts, strict=True)]  # noqa: SIM115
+        writers: list[BinaryIO | None] = [
+            open(path, "wb") if cut else None  # noqa: SIM115
+            for path, cut in zip(files, cuts, strict=True)
+        ]
         try:
             float_feeds = self._feeds(self._float, self._float_samples)
             for index, feeds in enumerate(self._feeds(self._quantized, None)):
                 wanted = index in self._float_samples
                 results = [sessions[0].run(next(float_feeds)) if wanted else None, sessions[1].run(feeds)]
                 if index == 0 and any(writers) and not self._fits(results, cuts):
-                    for writer in filter(None, writers):
-                        writer.close()
+                    for opened in filter(None, writers):
+                        opened.close()
                     writers, cuts = [None, None], [(), ()]
                 for writer, cut, result in zip(writers, cuts, results, strict=True):
                     if writer is not None and result is not None:
@@ -136,8 +138,8 @@ class Prefix:
                 assert quantized_result is not None
                 yield float_result, quantized_result
         finally:
-            for writer in filter(None, writers):
-                writer.close()
+            for opened in filter(None, writers):
+                opened.close()
         for side, path, cut in zip((self._float, self._quantized), files, cuts, strict=True):
             if cut:
                 if side.spool is not None:
@@ -184,7 +186,7 @@ def _frontier(model: ir.Model, tensors: Sequence[str], start: Sequence[str] | No
     Codes cross the cut instead of the floats that DequantizeLinear makes of them.
     """
     values = {v.name: v for node in model.graph for v in node.outputs}
-    begin = {v for v in model.graph.inputs} if start is None else set()
+    begin = set(model.graph.inputs) if start is None else set()
     if start is not None:
         inputs = {v.name: v for v in model.graph.inputs}
         begin = {values.get(name) or inputs[name] for name in start}

@@ -178,7 +178,7 @@ def alternatives(
     for name, widen in (("effect, wider by 1.2", 1.2), ("effect, wider by 1.5", 1.5)):
         wider = chosen
         for place in places_of(model, plan):
-            low, high = _current(chosen, place).range()
+            low, high = _current(chosen, place)
             observed = statistics[place.value]
             low, high = max(low * widen, min(observed.low, low)), min(high * widen, max(observed.high, high))
             wider = place.decided(wider, TensorQuantizer.from_range(place.spec, low, high))
@@ -188,7 +188,7 @@ def alternatives(
     for place in places_of(model, plan):
         observed = statistics[place.value]
         mean = SampleMean().range(observed, place.spec)
-        low, high = _current(chosen, place).range()
+        low, high = _current(chosen, place)
         quantizer = TensorQuantizer.from_range(place.spec, min(low, mean[0]), max(high, mean[1]))
         union = place.decided(union, quantizer)
         for method, so_far in own.items():
@@ -197,10 +197,12 @@ def alternatives(
     return {**result, "effect and sample mean": union, **{method.name: found for method, found in own.items()}}
 
 
-def _current(plan: QuantPlan, place: _Place) -> TensorQuantizer:
+def _current(plan: QuantPlan, place: _Place) -> tuple[float, float]:
+    """The range that a plan has decided for a place."""
     entry = plan.activations[place.key] if place.reader is None else plan.requants[place.key]
     assert isinstance(entry, TensorQuantizer)
-    return entry
+    low, high = entry.range()
+    return float(low), float(high)
 
 
 def forward_work(model: ir.Model, source: CalibrationSource, *, threads: int = 1) -> float:
@@ -223,7 +225,7 @@ def effect_options(work: float, tensors: int, samples: int, *, budget: float = E
         budget: Multiply-accumulates in all; a candidate costs half a run, on average.
     """
     least, default = EffectOptions(samples=8, screening=3), EffectOptions()
-    for count in (_MOST_SAMPLES, 128, 96, 64, 48, 32, default.samples, 16, 12, least.samples):
+    for count in (_MOST_SAMPLES, 128, 96, 64, 48, 32, 24, 16, default.samples, least.samples):
         screening = max(least.screening, count // 6)
         runs = screening * _CANDIDATES + (count - screening) * default.finalists + count
         if tensors * runs * work / 2 <= budget * (1.0 if count <= default.samples else 0.2):

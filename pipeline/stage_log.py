@@ -46,8 +46,8 @@ class StageLog:
         if sampled:
             shown = ", ".join(sampled[:3]) + (", ..." if len(sampled) > 3 else "")
             self.note(
-                f"second moments of {len(sampled)} of {len(changes)} layers were taken at a seeded sample of the "
-                f"output positions of every calibration sample, not at all positions ({shown})"
+                f"second moments of {len(sampled)} of {len(changes)} layers were taken at a seeded sample of "
+                f"samples and output positions, not at all of them ({shown})"
             )
 
     def since_resume(self) -> dict[str, Any]:

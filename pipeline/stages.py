@@ -19,7 +19,7 @@ import onnx_ir as ir
 import threadpoolctl
 
 from postquant.calib.bias_correction import correct_biases
-from postquant.calib.easyquant import EasyQuant, WorkLimits, sites_of
+from postquant.calib.easyquant import EasyQuant, sites_of
 from postquant.calib.equalization import equalizations
 from postquant.calib.input_grid import find_grids
 from postquant.calib.input_means import input_means
@@ -34,6 +34,7 @@ from postquant.calib.ranges import (
     method_ranges,
     places_of,
 )
+from postquant.calib.site_data import WorkLimits
 from postquant.calib.smoothing import choose_smoothing
 from postquant.calib.source import CalibrationSource, SubsetSource
 from postquant.calib.trial import Trial, keep_better

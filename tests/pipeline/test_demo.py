@@ -61,7 +61,7 @@ def test_float_accuracy_is_the_documented_one(model: pathlib.Path) -> None:
 @pytest.mark.parametrize("method", PeerMethod)
 @pytest.mark.parametrize(("wbits", "abits"), OFFERED)
 def test_peer_quantizes_silently(
-    model: pathlib.Path, capsys: pytest.CaptureFixture[str], method: PeerMethod, wbits: int, abits: int
+    model: pathlib.Path, capfd: pytest.CaptureFixture[str], method: PeerMethod, wbits: int, abits: int
 ) -> None:
     digits = load_digits()
     result = model.with_name("peer.onnx")
@@ -70,7 +70,7 @@ def test_peer_quantizes_silently(
     row = measure(result, digits, logits(model, digits.test), bits="", quantizer="")
     assert row.accuracy is not None
     assert row.accuracy > (0.97 if wbits == 8 else 0.7)
-    assert capsys.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.slow

@@ -156,8 +156,9 @@ def equalizations(
     names = list(dict.fromkeys(name for _, stored, _ in groups for name in stored))
     if not names:
         return []
-    run = make_session(model, outputs=names, threads=threads).run
-    statistics = collect_channels(run, source.read(spaced(len(source), samples)), names)
+    session = make_session(model, outputs=names, threads=threads)
+    statistics = collect_channels(session.run, source.read(spaced(len(source), samples)), names)
+    del session
     result = []
     for group, stored, readers in groups:
         weights = [_by_channel(model, layer) for layer in readers]

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from postquant.calib.observers import Range
+from postquant.calib.output_error import float_outputs, squared_error
 from postquant.calib.prefix import spaced
 from postquant.calib.source import CalibrationSource
 from postquant.passes.session import Session, make_session
@@ -119,10 +120,22 @@ class OutputEffect:
         # The screening samples come first, themselves spread over all.
         first = spaced(len(self._samples), options.screening)
         self._order = [*first, *(i for i in range(len(self._samples)) if i not in set(first))]
-        self._outputs = [v.name or "" for v in model.graph.outputs if _is_float(v)]
-        session = make_session(model, outputs=self._outputs, threads=threads)
+        self._outputs = float_outputs(model)
         self._worst = 0.0
-        self._reference = [session.run(sample) for sample in self._samples]
+        self._reference: list[dict[str, npt.NDArray[Any]]] = []
+        if self._outputs:
+            session = make_session(model, outputs=self._outputs, threads=threads)
+            self._reference = [session.run(sample) for sample in self._samples]
+
+    def sees(self, tensor: str, *, reader: tuple[str, int] | None = None) -> bool:
+        """Whether a float output of the network depends on a tensor (on what one reader makes of it)."""
+        graph = self._model.graph
+        value = next(v for v in (*graph.inputs, *(v for n in graph for v in n.outputs)) if v.name == tensor)
+        if reader is None and tensor in self._outputs:
+            return True
+        nodes = [use.node for use in value.uses() if reader is None or (use.node.name, use.idx) == reader]
+        behind = {*nodes, *(node for first in nodes for output in first.outputs for node in _descendants(output))}
+        return any(_producer_of(graph, name) in behind for name in self._outputs)
 
     def choose(
         self, tensor: str, candidates: Mapping[str, TensorQuantizer], *, reader: tuple[str, int] | None = None
@@ -131,13 +144,14 @@ class OutputEffect:
 
         Args:
             tensor: A value of the model.
-            candidates: Name -> quantizer; ties go to the earlier one.
+            candidates: Name -> quantizer, of one format; ties go to the earlier one.
             reader: (node name, input index): quantize for this reader only; for all when None.
         """
         names = list(candidates)
-        if len(names) == 1 or not self._outputs:
+        if len(names) == 1 or not self.sees(tensor, reader=reader):
             return Choice(candidates[names[0]], names[0], math.inf)
-        suffix, others = self._suffix(tensor, reader)
+        container = ir.DataType.from_numpy(np.dtype(candidates[names[0]].spec.container))
+        suffix, others = self._suffix(tensor, reader, container)
         begin = make_session(self._model, outputs=[tensor, *others], threads=self._threads)
         effects: dict[str, list[float]] = {name: [] for name in names}
         alive = names
@@ -177,14 +191,13 @@ class OutputEffect:
         total = 0.0
         for name, value in outputs.items():
             # Where the tensor is an output itself, the output is what its quantizer makes of it.
-            expected = reference[tensor if name == _RESULT else name].astype(np.float64)
-            energy = float(np.sum(np.square(expected)))
-            total += float(np.sum(np.square(value - expected))) / max(energy, 1e-30)
+            energy, error = squared_error(value, reference[tensor if name == _RESULT else name])
+            total += error / max(energy, 1e-30)
         if not math.isfinite(total):
             raise CalibrationError("the network's outputs are not finite", where="calibration of ranges")
         return math.sqrt(max(total, 1e-12))
 
-    def _suffix(self, tensor: str, reader: tuple[str, int] | None) -> tuple[Session, list[str]]:
+    def _suffix(self, tensor: str, reader: tuple[str, int] | None, container: ir.DataType) -> tuple[Session, list[str]]:
         """A session from the tensor to the outputs with a quantizer fed at run time, and the other values it reads."""
         copy = self._model.clone()
         graph = copy.graph
@@ -192,7 +205,7 @@ class OutputEffect:
         source = values[tensor]
         feeds = [
             ir.Value(name=_SCALE, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(())),
-            ir.Value(name=_ZERO, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape(())),
+            ir.Value(name=_ZERO, type=ir.TensorType(container), shape=ir.Shape(())),
             ir.Value(name=_LOW, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(())),
             ir.Value(name=_HIGH, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(())),
         ]
@@ -260,7 +273,3 @@ def _producer_of(graph: ir.Graph, name: str | None) -> ir.Node | None:
         if output.name == name:
             return output.producer()
     return None
-
-
-def _is_float(value: ir.Value) -> bool:
-    return value.dtype in (None, ir.DataType.FLOAT, ir.DataType.FLOAT16)

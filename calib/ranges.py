@@ -140,7 +140,8 @@ def effect_ranges(
         plan: Undecided entries are decided.
         source: Calibration data.
         statistics: Of every place's value, with histograms.
-        effect: Measures; None where that costs too much: the Lp error decides then.
+        effect: Measures; None where that costs too much: the Lp error decides then, as for tensors that no float
+            output depends on.
         methods: Whose ranges are candidates.
         progress: Called after every tensor.
     """
@@ -148,7 +149,7 @@ def effect_ranges(
     choices: dict[str, Choice] = {}
     for place in places:
         ranges = candidate_ranges(statistics[place.value], place.spec, methods)
-        if effect is None:
+        if effect is None or not effect.sees(place.value, reader=place.reader):
             plan = place.decided(plan, TensorQuantizer.from_range(place.spec, *ranges["mse"]))
         else:
             candidates = candidate_quantizers(place.spec, ranges)

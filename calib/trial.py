@@ -16,6 +16,7 @@ from postquant.calib.bias_correction import correct_biases
 from postquant.calib.collect import collect
 from postquant.calib.input_means import input_means
 from postquant.calib.observers import MinMax, RangeMethod, SampleMean
+from postquant.calib.output_error import measured_outputs, squared_error
 from postquant.calib.prefix import spaced
 from postquant.calib.source import CalibrationSource, SubsetSource
 from postquant.calib.weight_start import start_weights
@@ -55,7 +56,7 @@ class Trial:
         # Ranges are chosen on other samples (:mod:`postquant.calib.output_effect`): this shows what generalizes.
         self._source = SubsetSource(source, spaced(len(source), samples, between=True))
         self._threads = threads
-        self._outputs = [v.name or "" for v in model.graph.outputs if v.dtype in (None, ir.DataType.FLOAT)]
+        self._outputs = measured_outputs(model)
         session = make_session(model, outputs=self._outputs, threads=threads)
         self._reference = [session.run(sample) for sample in self._source]
 
@@ -72,8 +73,7 @@ class Trial:
             got = session.run(sample)
             relative = 0.0
             for name, value in expected.items():
-                exact = value.astype(np.float64)
-                signal, error = float(np.sum(exact**2)), float(np.sum((got[name] - exact) ** 2))
+                signal, error = squared_error(got[name], value)
                 relative += error / max(signal, 1e-30)
                 energy, noise = energy + signal, noise + error
             roots.append(math.sqrt(relative))
@@ -93,8 +93,10 @@ class Trial:
         """
         readers = {key: _input_of(model, key) for key in plan.requants}
         wanted = list(dict.fromkeys((*plan.activations, *readers.values())))
-        run = make_session(model, outputs=wanted, threads=self._threads).run
-        statistics = collect(run, self._source, wanted, histogram=False)
+        # The session goes before the next one comes: each holds the activations of a whole network.
+        session = make_session(model, outputs=wanted, threads=self._threads)
+        statistics = collect(session.run, self._source, wanted, histogram=False)
+        del session
         means = input_means(model, plan, self._source, threads=self._threads)
         plan = correct_biases(model, start_weights(model, plan), means)
 

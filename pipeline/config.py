@@ -141,7 +141,7 @@ class QuantConfig:
     alpha: float = number("EasyQuant: smallest candidate, as a multiple of the starting scale", default=0.5, above=0.0)
     beta: float = number("EasyQuant: largest candidate, as a multiple of the starting scale", default=2.0, above=0.0)
     candidates: int = integer("EasyQuant: candidates per search", default=100, low=2, high=10000)
-    rounds: int | None = integer("EasyQuant: rounds over the network", low=1, high=100, none="auto")
+    rounds: int | None = integer("EasyQuant: alternations at each tensor", low=1, high=100, none="auto")
     percentile: float = number("percentile method: kept share in percent", default=99.99, above=50.0, high=100.0)
     lp: float = number("MSE method: exponent of the error", default=2.4, low=1.0, high=8.0)
     align_input: bool | None = flag("quantize 8-bit image inputs without loss", none="with easyquant")

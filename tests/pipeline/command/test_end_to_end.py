@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from typer.testing import CliRunner
@@ -133,3 +134,22 @@ def test_the_drop_in(digits: list[str], tmp_path: pathlib.Path) -> None:
     wanted = ort.InferenceSession(digits[1]).run(None, data)[0]
     got = session.run(None, data)[0]
     assert (got.argmax(1) == wanted.argmax(1)).mean() > 0.9
+
+
+def test_a_network_that_returns_labels_only(digits: list[str], tmp_path: pathlib.Path) -> None:
+    model = onnx.load(digits[1])
+    (logits,) = model.graph.output
+    model.graph.node.append(onnx.helper.make_node("ArgMax", [logits.name], ["label"], axis=1, name="argmax"))
+    label = onnx.helper.make_tensor_value_info("label", onnx.TensorProto.INT64, ["N", 1])
+    model.graph.output.remove(logits)
+    model.graph.output.append(label)
+    onnx.save(model, tmp_path / "labels.onnx")
+    arguments = ["quantize", str(tmp_path / "labels.onnx"), *digits[2:-1], "--samples", "8", "--out"]
+    result = CliRunner().invoke(app, [*arguments, str(tmp_path / "out"), "--quiet"])
+    assert result.exit_code == 0, result.output
+    images = {model.graph.input[0].name: load_digits().test[:200]}
+    wanted, got = (
+        ort.InferenceSession(file).run(None, images)[0]
+        for file in (tmp_path / "labels.onnx", tmp_path / "out" / "model.onnx")
+    )
+    assert (wanted == got).mean() > 0.95

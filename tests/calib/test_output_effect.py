@@ -1,0 +1,167 @@
+"""Ranges by what they do to the network's outputs, against a quantized network that is really built."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from postquant.calib.input_spec import input_specs
+from postquant.calib.observers import MinMax
+from postquant.calib.open_source import open_source
+from postquant.calib.output_effect import EffectOptions, OutputEffect, candidate_quantizers
+from postquant.calib.ranges import (
+    alternatives,
+    collect_statistics,
+    effect_db,
+    effect_options,
+    effect_ranges,
+    forward_work,
+    method_ranges,
+    places_of,
+)
+from postquant.calib.source import CalibrationSource
+from postquant.passes.emit import emit
+from postquant.passes.place import PlacementSettings, place
+from postquant.passes.plan import QuantPlan
+from postquant.passes.session import make_session
+from postquant.passes.target import load_target
+from postquant.runtime_ops.quantizer import TensorQuantizer
+from postquant.runtime_ops.spec import QuantSpec
+
+SAMPLES = 6
+UNSIGNED = QuantSpec(4, False, False)
+SIGNED = QuantSpec(4, True, False)
+
+# "t" is read by a layer and by a sum; "best" is an output that is not float.
+NETWORK = """<ir_version: 8, opset_import: ["" : 17]>
+m (float[N,3,6,6] x) => (float[N,3,6,6] y, int64[N,1,6,6] best) {
+    [c0] a = Conv <pads = [1, 1, 1, 1]> (x, w0, b0)
+    [r0] t = Relu (a)
+    [c1] b = Conv <pads = [1, 1, 1, 1]> (t, w1, b1)
+    [sum] y = Add (b, t)
+    [c2] d = Conv <pads = [1, 1, 1, 1]> (x, w2, b2)
+    [top] best = ArgMax <axis = 1> (d)
+}"""
+
+
+@pytest.fixture(scope="module")
+def model() -> ir.Model:
+    rng = np.random.default_rng(0)
+    proto = onnx.parser.parse_model(NETWORK)
+    for i in range(3):
+        weight = rng.standard_normal((3, 3, 3, 3)).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, f"w{i}"))
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(3, np.float32), f"b{i}"))
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+
+
+@pytest.fixture(scope="module")
+def source(model: ir.Model) -> CalibrationSource:
+    # Heavy tails: clipping pays.
+    x = np.random.default_rng(1).standard_t(3, (SAMPLES, 3, 6, 6)).astype(np.float32)
+    return open_source(x, input_specs(model))
+
+
+@pytest.mark.parametrize("spec", [UNSIGNED, SIGNED], ids=["unsigned", "signed"])
+@pytest.mark.parametrize("tensor", ["x", "t", "y"])
+def test_the_choice_is_the_best_of_networks_that_are_built(
+    model: ir.Model, source: CalibrationSource, tensor: str, spec: QuantSpec
+) -> None:
+    tops = {f"{top}": TensorQuantizer.from_range(spec, -top, top) for top in (1.0, 3.0, 6.0, 12.0, 40.0)}
+    effect = OutputEffect(model, source, EffectOptions(samples=SAMPLES, screening=SAMPLES))
+    choice = effect.choose(tensor, tops)
+    reference = make_session(model, outputs=["y"])
+    errors = {}
+    for name, quantizer in tops.items():
+        if tensor == "y":
+            runs = [(reference.run(sample)["y"], quantizer.simulate(reference.run(sample)["y"])) for sample in source]
+        else:
+            built = make_session(emit(model, QuantPlan("", activations={tensor: quantizer})), outputs=["y"])
+            runs = [(reference.run(sample)["y"], built.run(sample)["y"]) for sample in source]
+        errors[name] = np.mean([np.linalg.norm(got - wanted) / np.linalg.norm(wanted) for wanted, got in runs])
+    assert choice.candidate == min(errors, key=errors.__getitem__)
+    assert choice.quantizer is tops[choice.candidate]
+    assert choice.effect_db == pytest.approx(-20 * math.log10(errors[choice.candidate]), abs=0.01)
+
+
+def test_one_reader_alone(model: ir.Model, source: CalibrationSource) -> None:
+    """A quantizer in front of one reader leaves the other's input as it is."""
+    coarse = {"a": TensorQuantizer.from_range(UNSIGNED, 0.0, 20.0), "b": TensorQuantizer.from_range(UNSIGNED, 0.0, 9.0)}
+    effect = OutputEffect(model, source, EffectOptions(samples=SAMPLES, screening=SAMPLES))
+    every = effect.choose("t", coarse)
+    layer = effect.choose("t", coarse, reader=("c1", 0))
+    added = effect.choose("t", coarse, reader=("sum", 1))
+    assert added.effect_db > layer.effect_db
+    assert every.effect_db != layer.effect_db
+
+
+def test_a_tensor_that_no_float_output_sees(model: ir.Model, source: CalibrationSource) -> None:
+    candidates = {
+        "a": TensorQuantizer.from_range(UNSIGNED, 0.0, 2.0),
+        "b": TensorQuantizer.from_range(UNSIGNED, 0.0, 1),
+    }
+    effect = OutputEffect(model, source, EffectOptions())
+    assert effect.sees("x")
+    assert effect.sees("y")
+    assert effect.sees("t", reader=("c1", 0))
+    assert not effect.sees("d")
+    assert not effect.sees("x", reader=("c2", 0))
+    choice = effect.choose("d", candidates)
+    assert choice.candidate == "a"  # a tie goes to the first
+
+
+def test_candidates_differ_and_hold_the_observers() -> None:
+    candidates = candidate_quantizers(
+        QuantSpec(8, False, False), {"one": (0.0, 4.0), "two": (0.0, 16.0), "same": (0.0, 4.0)}
+    )
+    scales = [float(quantizer.scale) * 255 for quantizer in candidates.values()]
+    assert any(scale == pytest.approx(4.0) for scale in scales)
+    assert any(scale == pytest.approx(16.0) for scale in scales)
+    assert sum(4.5 < scale < 15.5 for scale in scales) >= 2, "widths in between"
+    assert len({round(scale, 4) for scale in scales}) == len(scales)
+
+
+def test_ranges_and_their_alternatives(model: ir.Model, source: CalibrationSource) -> None:
+    plan = place(model, load_target("onnxruntime"), PlacementSettings(abits=4, first_last_bits=None))
+    places = places_of(model, plan)
+    assert places
+    statistics = collect_statistics(model, places, source, histogram=True)
+    effect = OutputEffect(model, source, EffectOptions())
+    found = effect_ranges(model, plan, source, statistics, effect)
+    assert places_of(model, found.plan) == []
+    assert set(found.choices) == {place.key for place in places if effect.sees(place.value, reader=place.reader)}
+    assert math.isfinite(effect_db(found.choices))
+    others = alternatives(model, plan, found.plan, statistics)
+    assert others["effect"] is found.plan
+    extremes = method_ranges(model, plan, source, MinMax()).plan
+    for name, other in others.items():
+        assert places_of(model, other) == [], name
+        for tensor, entry in other.activations.items():
+            widest = extremes.activations[tensor]
+            assert isinstance(entry, TensorQuantizer)
+            assert isinstance(widest, TensorQuantizer)
+            assert float(entry.scale) <= float(widest.scale) * 1.25, (name, tensor)
+    for tensor, entry in found.plan.activations.items():
+        wider = others["effect, wider by 1.5"].activations[tensor]
+        assert isinstance(entry, TensorQuantizer)
+        assert isinstance(wider, TensorQuantizer)
+        assert float(wider.scale) >= float(entry.scale) * 0.999
+
+
+def test_a_budget_decides_how_much_is_tried(model: ir.Model, source: CalibrationSource) -> None:
+    # Three convolutions of 3 channels, 27 taps each, at 36 positions.
+    assert forward_work(model, source) == 3 * 3 * 27 * 36
+    plenty = effect_options(1.0, 10, 1000)
+    assert plenty is not None
+    few = effect_options(1e9, 50, 1000)
+    assert few is not None
+    assert few.samples < plenty.samples
+    assert effect_options(1e12, 100, 1000) is None
+    tiny = effect_options(1.0, 10, 4)
+    assert tiny is not None
+    assert tiny.samples == 4
+    assert tiny.screening <= 4

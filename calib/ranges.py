@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx_ir as ir
 
 from postquant.calib.collect import collect, subsampling_note
-from postquant.calib.layers import layers_of
 from postquant.calib.lp_error import LpError
 from postquant.calib.methods import DEFAULT_METHODS
 from postquant.calib.observers import MinMax, RangeMethod, SampleMean, candidate_ranges
@@ -204,16 +203,6 @@ def _current(plan: QuantPlan, place: _Place) -> tuple[float, float]:
     assert isinstance(entry, TensorQuantizer)
     low, high = entry.range()
     return float(low), float(high)
-
-
-def forward_work(model: ir.Model, source: CalibrationSource, *, threads: int = 1) -> float:
-    """Multiply-accumulates of the weighted layers for the first sample."""
-    layers = layers_of(model)
-    if not layers:
-        return 0.0
-    outputs = list(dict.fromkeys(layer.output for layer in layers))
-    values = make_session(model, outputs=outputs, threads=threads).run(next(iter(source.read([0]))))
-    return float(sum(values[layer.output].size * layer.depth for layer in layers))
 
 
 def effect_options(work: float, tensors: int, samples: int, *, budget: float = EFFECT_WORK) -> EffectOptions | None:

@@ -90,6 +90,7 @@ class _Emission:
             if name not in self.written_biases:  # those of weights that stay in float
                 self.graph.initializers[name].const_value = ir.Tensor(np.asarray(corrected, np.float32), name=name)
         add_barriers(self.graph, self.build, self.overflowing_biases)
+        self._drop_unread_constants()
 
     def _check_names(self) -> None:
         values = {v.name for v in self.graph.inputs} | {v.name for node in self.graph for v in node.outputs}
@@ -166,6 +167,12 @@ class _Emission:
                 return
             self.graph.remove(node, safe=True)
             value = behind
+
+    def _drop_unread_constants(self) -> None:
+        """Bounds of the clips that codes stand for: onnxruntime would warn of each whenever the model is loaded."""
+        for name, value in tuple(self.graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+                del self.graph.initializers[name]
 
     def _requantize(self) -> None:
         made: dict[tuple[ir.Value, object], ir.Value] = {}

@@ -30,7 +30,6 @@ from postquant.calib.ranges import (
     collect_statistics,
     effect_options,
     effect_ranges,
-    forward_work,
     method_ranges,
     places_of,
 )
@@ -41,6 +40,7 @@ from postquant.calib.trial import Trial, keep_better
 from postquant.calib.weight_search import Objective as SearchObjective
 from postquant.calib.weight_search import SearchOptions
 from postquant.calib.weight_start import start_weights
+from postquant.calib.work import forward_work
 from postquant.passes.align_input import AlignInputPass, with_exact_inputs
 from postquant.passes.biases import fit_biases
 from postquant.passes.emit import emit
@@ -63,8 +63,6 @@ from postquant.runtime_ops.quantizer import TensorQuantizer
 
 # Samples on which the simplified model is compared with the original.
 _PREPARE_SAMPLES = 4
-# Samples on which equalization proves itself.
-_QUICK_SAMPLES = 16
 # Samples on which a moved activation scale proves itself.
 _JUDGE_SAMPLES = 8
 # A model whose weights are larger is simplified again when a run is resumed, instead of being stored twice.
@@ -158,7 +156,7 @@ def _equalize(job: Job, reference: ir.Model, model: ir.Model, plan: QuantPlan, l
     found = equalizations(model, plan, job.source, threads=threads)
     if not found:
         return model
-    trial = Trial(reference, job.source, samples=_QUICK_SAMPLES, threads=threads)
+    trial = Trial(reference, job.source, threads=threads)
     before = trial.quick(model, plan)
     for name, wanted, chosen in (
         ("equalize depthwise inputs", free, [e for e in found if e.group.depthwise]),
@@ -255,7 +253,7 @@ def _search_scales(
             model,
             Prefix(model, source, folder, threads=threads),
             _search_options(config),
-            WorkLimits(seed=config.seed),
+            WorkLimits(search_rows=config.max_positions, seed=config.seed),
             fixed=fixed,
             judge=_judge(model, plan, source, threads),
         )

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 import onnxruntime.quantization as ort_quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -37,8 +36,6 @@ _CALIBRATION = {
 _WEIGHT_TYPE = {8: ort_quantization.QuantType.QInt8, 4: ort_quantization.QuantType.QInt4}
 _ACTIVATION_TYPE = {8: ort_quantization.QuantType.QUInt8, 4: ort_quantization.QuantType.QUInt4}
 OFFERED = ((8, 8), (4, 8), (4, 4))
-# Severities of onnxruntime's own logger; warnings are its default.
-_LOG_WARNINGS, _LOG_ERRORS = 2, 3
 
 
 class _Reader(ort_quantization.CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is not typed
@@ -90,10 +87,8 @@ def quantize_with_onnxruntime(
 def _silence() -> Iterator[None]:
     """onnxruntime's quantizer prints and logs its steps; the demo's output is its table."""
     logging.disable(logging.WARNING)
-    onnxruntime.set_default_logger_severity(_LOG_ERRORS)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        onnxruntime.set_default_logger_severity(_LOG_WARNINGS)
         logging.disable(logging.NOTSET)

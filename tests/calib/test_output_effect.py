@@ -19,11 +19,11 @@ from postquant.calib.ranges import (
     effect_db,
     effect_options,
     effect_ranges,
-    forward_work,
     method_ranges,
     places_of,
 )
 from postquant.calib.source import CalibrationSource
+from postquant.calib.work import forward_work
 from postquant.passes.emit import emit
 from postquant.passes.place import PlacementSettings, place
 from postquant.passes.plan import QuantPlan

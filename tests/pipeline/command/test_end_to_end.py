@@ -68,7 +68,7 @@ def whole(digits: list[str], tmp_path_factory: pytest.TempPathFactory) -> pathli
     return out
 
 
-def test_the_result_is_sound(whole: pathlib.Path) -> None:
+def test_the_result_is_sound(whole: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert sorted(path.name for path in whole.iterdir()) == sorted(FILES)
     report = postquant.Report.load(whole / "report.json")
     assert report.passed
@@ -77,6 +77,7 @@ def test_the_result_is_sound(whole: pathlib.Path) -> None:
     assert report.outputs[0].sqnr_db > 15
     assert {layer.wbits for layer in report.layers} == {6, 8}  # the first and the last keep 8
     ort.InferenceSession(whole / "model.onnx")
+    assert capfd.readouterr() == ("", ""), "onnxruntime has nothing to warn of"
 
 
 def test_verify_inspect_and_compare_take_it(whole: pathlib.Path, digits: list[str]) -> None:

@@ -42,7 +42,7 @@ def full_factors(magnitude: DoubleArray) -> DoubleArray:
     [1.0, 4.0, 8.0]
     """
     top = float(magnitude.max(initial=0.0))
-    if top <= 0:
+    if top < np.finfo(np.float32).smallest_subnormal:  # nothing that a float32 tensor holds
         return np.ones_like(magnitude)
     return np.minimum(top / np.maximum(magnitude, top / LARGEST_FACTOR), LARGEST_FACTOR)
 

@@ -36,7 +36,10 @@ def weight_codes(weight: ir.TensorProtocol, quantizer: TensorQuantizer) -> npt.N
     held = _cache.get(quantizer)
     if held is not None and held[0] is weight:
         return held[1]
+    mapped = isinstance(weight, ir.ExternalTensor) and weight.raw is None
     codes = _quantize_in_parts(weight.numpy(), quantizer)
+    if mapped and isinstance(weight, ir.ExternalTensor):
+        weight.release()  # its pages need not stay: the file is still there
     if codes.nbytes + sum(other.nbytes for _, other in _cache.values()) <= _CACHED_BYTES:
         codes.flags.writeable = False
         _cache[quantizer] = (weight, codes)

@@ -41,6 +41,10 @@ from postquant.runtime_ops.errors import ModelError, VerificationError
 Feed = Mapping[str, npt.NDArray[Any]]
 
 
+# Weights of a model that is written for the verification only, beyond which they go to a file of their own.
+_LARGEST_INLINE = 128 << 20
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verification:
     """The result of :func:`verify_model`.
@@ -134,7 +138,8 @@ def verify_model(
     with custom_operators(custom_ops), tempfile.TemporaryDirectory(prefix="postquant-") as folder:
         if isinstance(emitted, ir.Model):
             path = pathlib.Path(folder) / "model.onnx"
-            save_model(emitted, path)
+            # A large model keeps its weights beside it, so that reading it again maps them instead of loading them.
+            save_model(emitted, path, external=weight_bytes(emitted) > _LARGEST_INLINE)
         else:
             path = pathlib.Path(emitted)
         model = load_model(path, check=False)

@@ -29,7 +29,7 @@ from postquant.passes.session import make_session
 from postquant.passes.target import load_target
 
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
-MAGNITUDES = hnp.arrays(np.float64, st.integers(1, 6), elements=st.floats(0, 1e3))
+MAGNITUDES = hnp.arrays(np.float64, st.integers(1, 6), elements=st.floats(0, 1e3, width=32))
 
 
 def statistics_of(columns: np.ndarray[Any, np.dtype[np.float32]]) -> ChannelStatistics:
@@ -46,6 +46,10 @@ def test_full_factors_lift_every_channel_to_the_largest(magnitude: Doubles) -> N
     assert (factors * magnitude <= top * (1 + 1e-9)).all()
     lifted = (factors < LARGEST_FACTOR) & (magnitude > 0)
     np.testing.assert_allclose((factors * magnitude)[lifted], top, rtol=1e-9)
+
+
+def test_full_factors_of_next_to_nothing() -> None:
+    assert full_factors(np.array([5e-324, 0.0])).tolist() == [1.0, 1.0]
 
 
 @given(MAGNITUDES, st.floats(0.1, 1e3), st.booleans(), st.integers(0, 9))

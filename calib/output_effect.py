@@ -47,8 +47,8 @@ class EffectOptions:
         finalists: Candidates that survive the screening.
     """
 
-    samples: int = 12
-    screening: int = 3
+    samples: int = 16
+    screening: int = 4
     finalists: int = 2
 
 

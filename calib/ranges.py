@@ -215,7 +215,7 @@ def effect_options(work: float, tensors: int, samples: int, *, budget: float = E
         budget: Multiply-accumulates in all; a candidate costs half a run, on average.
     """
     least, default = EffectOptions(samples=8, screening=3), EffectOptions()
-    for count in (_MOST_SAMPLES, 128, 96, 64, 48, 32, 24, 16, default.samples, least.samples):
+    for count in (_MOST_SAMPLES, 128, 96, 64, 48, 32, 24, default.samples, 12, least.samples):
         screening = max(least.screening, count // 6)
         runs = screening * _CANDIDATES + (count - screening) * default.finalists + count
         if tensors * runs * work / 2 <= budget * (1.0 if count <= default.samples else 0.2):

@@ -146,7 +146,7 @@ class QuantConfig:
     lp: float = number("MSE method: exponent of the error", default=2.4, low=1.0, high=8.0)
     align_input: bool | None = flag("quantize 8-bit image inputs without loss", none="with easyquant")
     equalize: bool | None = flag("free per-channel equalization at depthwise inputs", none="with easyquant")
-    cross_layer: bool | None = flag("cross-layer equalization", none="with easyquant")
+    cross_layer: bool | None = flag("cross-layer equalization", none="below 8 bits")
     smooth: bool | None = flag("SmoothQuant-style migration for MatMul", none="with easyquant")
     bias_correction: bool | None = flag("bias correction of the weight error", none="with easyquant")
     simplify: bool = flag("simplify the model with onnxsim first", default=True)

@@ -13,6 +13,7 @@ its neighbours.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,6 +50,11 @@ class Reader:
     ceiling: tuple[float, float] | None = None
     bias: FloatArray | None = None
 
+    @functools.cached_property
+    def energy(self) -> npt.NDArray[np.float64]:
+        """(samples,) squared length of the target, the same for all candidates."""
+        return _per_sample(self.target, self.target, self.starts)
+
 
 def scaled(start: TensorQuantizer, multiple: float) -> TensorQuantizer:
     """The quantizer with ``S = S0 * multiple``, a range ``1 / multiple`` times as wide.
@@ -75,7 +81,7 @@ def score_of(quantizer: TensorQuantizer, readers: Sequence[Reader], objective: O
             output = np.clip(output + reader.bias, *reader.ceiling)
         inner = _per_sample(target, output, reader.starts)
         norm = _per_sample(output, output, reader.starts)
-        energy = _per_sample(target, target, reader.starts)
+        energy = reader.energy
         if objective is Objective.COSINE:
             # The paper's code adds a little to both vectors where one is zero; a floor does the same.
             total += float(np.mean((inner + 1e-12) / np.sqrt((norm + 1e-12) * (energy + 1e-12))))

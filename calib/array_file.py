@@ -127,8 +127,12 @@ def reading(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except _BROKEN as error:
+        system = isinstance(error, OSError) and error.strerror
         raise CalibrationError(
-            "a calibration file cannot be read", where=str(path), found=str(error) or type(error).__name__
+            "a calibration file cannot be read",
+            where=str(path),
+            found=system or str(error) or type(error).__name__,
+            hint=None if system else "it is truncated or damaged: copy it again, or save it again with NumPy",
         ) from error
 
 

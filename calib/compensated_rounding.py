@@ -51,10 +51,7 @@ def compensated_codes(
     work = np.take_along_axis(matrix / scale, order[:, :, np.newaxis], axis=1).astype(np.float32)
     factor = np.empty((groups, depth, depth), np.float32)
     for group in range(groups):
-        permuted = moments[group][np.ix_(order[group], order[group])]
-        damped = permuted + np.eye(depth) * max(DAMPING * float(np.mean(np.diag(permuted))), 1e-12)
-        inverse = scipy.linalg.cho_solve(scipy.linalg.cho_factor(damped, lower=True), np.eye(depth))
-        factor[group] = scipy.linalg.cholesky((inverse + inverse.T) / 2, lower=False)
+        factor[group] = _factor_of_inverse(moments[group][np.ix_(order[group], order[group])])
     codes = np.empty_like(work)
     for begin in range(0, depth, block):
         end = min(begin + block, depth)
@@ -67,6 +64,30 @@ def compensated_codes(
         if end < depth:
             work[:, end:] -= np.matmul(factor[:, begin:end, end:].transpose(0, 2, 1), errors)
     return np.take_along_axis(codes, inverse_order[:, :, np.newaxis], axis=1)
+
+
+def _factor_of_inverse(moments: DoubleArray) -> DoubleArray:
+    """``U`` of the damped moments (K, K); the identity, which compensates nothing, where they tell nothing.
+
+    Inputs that never change leave only the rounding noise of a covariance, which need not be positive definite, and
+    squares of enormous inputs are infinite.
+
+    Matrices are overwritten, ``moments`` too: a few copies of the largest layer's would be the peak of the whole run.
+    LAPACK does so in Fortran's order only, in which the transpose of a symmetric matrix is the matrix itself.
+    """
+    depth = len(moments)
+    if not np.isfinite(moments).all():
+        return np.eye(depth)
+    moments[np.diag_indices(depth)] += max(DAMPING * float(np.mean(np.diag(moments))), 1e-12)
+    try:
+        lower = scipy.linalg.cho_factor(moments.T, lower=True, overwrite_a=True)
+        inverse = scipy.linalg.cho_solve(lower, np.eye(depth).T, overwrite_b=True)
+        del lower
+        inverse = inverse + inverse.T
+        inverse /= 2
+        return np.asarray(scipy.linalg.cholesky(inverse.T, lower=False, overwrite_a=True))
+    except np.linalg.LinAlgError:
+        return np.eye(depth)
 
 
 def compensate(layer: Layer, problem: WeightProblem, quantizer: TensorQuantizer) -> TensorQuantizer:
@@ -86,7 +107,11 @@ def compensate(layer: Layer, problem: WeightProblem, quantizer: TensorQuantizer)
         nearest = quantize_matrix(problem.matrix, scale, spec.qmin, spec.qmax)
     else:
         nearest = layer.matrix(quantizer.codes).astype(np.float32)
-    codes = compensated_codes(problem.matrix, scale, problem.moments.square, spec.qmin, spec.qmax)
+    # Where second moments are kept in blocks, errors are compensated within each of them.
+    square = problem.moments.square
+    by_block = problem.matrix.reshape(*square.shape[:2], -1)
+    steps = np.repeat(scale, len(square) // len(scale), axis=0)
+    codes = compensated_codes(by_block, steps, square, spec.qmin, spec.qmax).reshape(problem.matrix.shape)
     new_scale = scale
     if spec.axis is not None:
         inner, norm = problem.products(codes * scale)

@@ -13,7 +13,8 @@ weights first). The paper's single round is ``rounds=1``.
 
 Second moments are exact over all samples, and over all output positions where a layer has at most
 ``positions_per_sample`` of them; elsewhere over a seeded sample of positions, and a note says so. A layer too deep for
-K x K moments (``max_depth``) uses the sampled rows.
+K x K moments keeps them in blocks, and a model too large for the whole search is searched with less effort
+(:mod:`postquant.calib.search_effort`); notes say so as well.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ import onnx_ir as ir
 from postquant.calib.activation_search import Reader, search_activation
 from postquant.calib.compensated_rounding import compensate
 from postquant.calib.layers import Layer, layers_of
+from postquant.calib.moments import Moments
 from postquant.calib.prefix import Prefix
+from postquant.calib.search_effort import choose_effort
 from postquant.calib.site_data import SiteData, WorkLimits, sampled_positions
-from postquant.calib.weight_search import SearchOptions, WeightProblem, problem_of, search_weight
+from postquant.calib.weight_search import SearchOptions, WeightProblem, problem_of, search_problem
 from postquant.passes import semantics
 from postquant.passes.plan import QuantPlan
 from postquant.runtime_ops.quantizer import TensorQuantizer
@@ -75,11 +78,13 @@ class EasyQuantResult:
         plan: The plan with searched scales.
         means: Layer -> (G, K) mean of its float input rows, for bias correction.
         changes: Per layer.
+        notes: What was left out, for the report.
     """
 
     plan: QuantPlan
     means: Mapping[str, FloatArray]
     changes: tuple[LayerChange, ...]
+    notes: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,20 +162,26 @@ class EasyQuant:
             The plan with searched scales, the float means of the layers' input rows, and what changed.
         """
         order = _topological(self._model, plan)
-        sites = sorted(sites_of(self._model, plan), key=lambda site: order.index(site.tensor))
+        place = {name: index for index, name in enumerate(order)}
+        sites = sorted(sites_of(self._model, plan), key=lambda site: place[site.tensor])
+        layers = [layer for site in sites for layer in site.layers]
+        effort, notes = choose_effort(layers, self._options, self._limits, self._prefix.samples)
+        self._options = effort.options(self._options)
+        self._limits = dataclasses.replace(self._limits, block=effort.block)
         decided: set[str] = set()
         means: dict[str, FloatArray] = {}
         changes: list[LayerChange] = []
         for site in sites:
             # Everything stored before this site keeps its quantizer; what comes later is still float.
-            before = order[: order.index(site.tensor)]
+            before = order[: place[site.tensor]]
             done = _up_to(plan, before, decided, site)
             plan, site_changes = self._visit(plan, done, site, before, means)
             changes.extend(site_changes)
+            _release_weights(self._model, site)
             decided.update(layer.weight for layer in site.layers)
             if progress is not None:
                 progress()
-        return EasyQuantResult(plan, means, tuple(changes))
+        return EasyQuantResult(plan, means, tuple(changes), notes)
 
     def _visit(
         self, plan: QuantPlan, done: QuantPlan, site: _Site, before: Sequence[str], means: dict[str, FloatArray]
@@ -179,16 +190,24 @@ class EasyQuant:
         weights = {layer.name: _float_weight(self._model, layer) for layer in site.layers}
         data = self._collect(plan, done, site, before)
         starts = {layer.name: _weight_quantizer(plan, layer) for layer in site.layers}
+        problems: dict[str, tuple[Moments, WeightProblem]] = {}
+
+        def problem_at(layer: Layer, quantizer: TensorQuantizer) -> WeightProblem:
+            """The weights' problem behind a quantizer; the last one again while the moments stay."""
+            moments = data.moments(layer, quantizer)
+            if layer.name not in problems or problems[layer.name][0] is not moments:
+                problem = problem_of(layer, weights[layer.name], moments, self._options)
+                problems[layer.name] = (moments, problem)
+            return problems[layer.name][1]
+
         limit = self._options.rounds if self._options.rounds is not None else _MOST_ROUNDS
         quantizer, rounds, before_score, after_score = start, 0, 0.0, 0.0
         current = dict(starts)
         while rounds < limit:
             rounds += 1
             for layer in site.layers:
-                moments = data.moments(layer, quantizer)
-                current[layer.name] = search_weight(
-                    layer, weights[layer.name], starts[layer.name], moments, self._options
-                )
+                problem = problem_at(layer, quantizer)
+                current[layer.name] = search_problem(problem, starts[layer.name], self._options)
             if not self._search_activations or (site.key is None and site.tensor in self._fixed):
                 break
             readers = [self._reader(layer, data, current[layer.name], weights[layer.name]) for layer in site.layers]
@@ -203,15 +222,13 @@ class EasyQuant:
             if chosen_quantizer is start:
                 quantizer, after_score = start, before_score
                 for layer in site.layers:
-                    current[layer.name] = search_weight(
-                        layer, weights[layer.name], starts[layer.name], data.moments(layer, start), self._options
-                    )
+                    current[layer.name] = search_problem(problem_at(layer, start), starts[layer.name], self._options)
         plan = _with_quantizer(plan, site, quantizer)
         ratio = float(quantizer.scale / start.scale)
         changes = []
         for layer in site.layers:
             means[layer.name] = data.float_mean(layer)
-            problem = problem_of(layer, weights[layer.name], data.moments(layer, quantizer), self._options)
+            problem = problem_at(layer, quantizer)
             chosen = current[layer.name]
             if self._compensate:
                 chosen = compensate(layer, problem, chosen)
@@ -316,6 +333,14 @@ def _weight_quantizer(plan: QuantPlan, layer: Layer) -> TensorQuantizer:
     entry = plan.weights[layer.weight]
     assert isinstance(entry, TensorQuantizer)
     return entry
+
+
+def _release_weights(model: ir.Model, site: _Site) -> None:
+    """Lets go of the pages of weights that lie in files."""
+    for layer in site.layers:
+        tensor = model.graph.initializers[layer.weight].const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()
 
 
 def _float_weight(model: ir.Model, layer: Layer) -> FloatArray:

@@ -90,7 +90,7 @@ def _subfolder_feeds(folder: pathlib.Path, inputs: Sequence[InputSpec]) -> list[
             "the calibration folder holds no calibration files",
             where=str(folder),
             expected=".npz or .npy files, or one subfolder of .npy files per input",
-            hint="for a folder of images, say how they are preprocessed",
+            hint="for a folder of images, say how they are preprocessed: [image] in the configuration",
         )
     # An input "a/b" lies in the subfolder "a": only first parts can be compared.
     known = {pathlib.PurePath(name).parts[0] for name in parts}

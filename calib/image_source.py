@@ -66,7 +66,12 @@ class ImageFolderSource(CalibrationSource):
                 with Image.open(path) as image:
                     array = self._preprocess.apply(image, self._size, self._spec.dtype)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise CalibrationError("an image cannot be used", where=str(path), found=str(error)) from error
+                raise CalibrationError(
+                    "an image cannot be used",
+                    where=str(path),
+                    found=str(error),
+                    hint="take it out of the folder, or replace it",
+                ) from error
             # The first image that does not fit is named, not only its number; a batch axis is joined later.
             if self._spec.shape is not None and not self._spec.fits((self.batch, *array.shape[1:])):
                 raise CalibrationError(

@@ -6,7 +6,8 @@ With rows ``x`` that reach the layer through the quantized network and its own a
     |o~ - o|^2 = (w~ - w)' H (w~ - w)      <o~, o> = w~' H w      |o~|^2 = w~' H w~
 
 so that every candidate weight is judged over ALL samples at the cost of one K x K matrix (one per group for grouped
-convolutions: 9 x 9 for a depthwise 3 x 3).
+convolutions: 9 x 9 for a depthwise 3 x 3). Where K is too large for that, ``H`` is kept in diagonal blocks of b x b: a
+group's K inputs count as K / b groups of b inputs, and products of inputs of different blocks as zero.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _CHUNK_ROWS = 512
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moments:
-    """Means over rows.
+    """Means over rows; G counts the blocks of all groups, and K is the size of a block.
 
     Attributes:
         rows: Number of rows.
@@ -40,7 +41,16 @@ class Moments:
     def centred(self) -> Moments:
         """Covariances instead of second moments: what remains after the bias has removed the mean error."""
         outer = self.mean[:, :, np.newaxis] * self.mean[:, np.newaxis, :]
-        return dataclasses.replace(self, square=self.square - outer)
+        return dataclasses.replace(self, square=np.subtract(self.square, outer, out=outer))
+
+
+def block_depth(depth: int, limit: int) -> int:
+    """Size of the blocks in which second moments are kept: the largest divisor of K within the limit.
+
+    >>> block_depth(576, 2048), block_depth(4096, 2048), block_depth(25088, 2048)
+    (576, 2048, 1792)
+    """
+    return next(size for size in range(max(min(depth, limit), 1), 0, -1) if depth % size == 0)
 
 
 class MomentSums:
@@ -49,12 +59,15 @@ class MomentSums:
     Args:
         groups: G.
         depth: K.
+        block: Inputs whose products are kept together, a divisor of ``depth``; all of a group when None.
     """
 
-    def __init__(self, groups: int, depth: int) -> None:
+    def __init__(self, groups: int, depth: int, block: int | None = None) -> None:
+        block = block or depth
+        groups = groups * depth // block
         self._rows = 0
-        self._mean = np.zeros((groups, depth))
-        self._square = np.zeros((groups, depth, depth))
+        self._mean = np.zeros((groups, block))
+        self._square = np.zeros((groups, block, block))
         self._waiting: list[FloatArray] = []
         self._waiting_rows = 0
 
@@ -69,6 +82,7 @@ class MomentSums:
         if not self._waiting:
             return
         rows = np.concatenate(self._waiting)
+        rows = rows.reshape(len(rows), *self._mean.shape)
         self._waiting, self._waiting_rows = [], 0
         self._rows += len(rows)
         self._mean += rows.sum(0, dtype=np.float64)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from postquant.calib.layers import Layer
-from postquant.calib.moments import Moments, MomentSums
+from postquant.calib.moments import Moments, MomentSums, block_depth
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 FloatArray = npt.NDArray[np.float32]
@@ -30,7 +30,10 @@ class WorkLimits:
         search_samples: Samples whose rows judge activation candidates.
         search_rows: Rows that judge activation candidates, over all samples.
         search_elements: Bound of rows times row length, for wide layers.
-        max_depth: Largest K for which second moments are kept.
+        block: Largest number of inputs whose second moments are kept together; a layer with a larger K has several
+            blocks of them.
+        search_work: Multiply-accumulates that the search of all weights may cost; more is reduced
+            (:mod:`postquant.calib.search_effort`).
         seed: Of the sampled positions.
     """
 
@@ -39,7 +42,8 @@ class WorkLimits:
     search_samples: int = 64
     search_rows: int = 8192
     search_elements: int = 1 << 18
-    max_depth: int = 2048
+    block: int = 2048
+    search_work: float = 1.5e13
     seed: int = 0
 
 
@@ -50,9 +54,7 @@ class SiteData:
         self.exact = {layer.name: True for layer in layers}
         self._quantizer = quantizer
         self._limits = limits
-        self._sums = {
-            layer.name: MomentSums(layer.groups, layer.depth) for layer in layers if layer.depth <= limits.max_depth
-        }
+        self._sums = {layer.name: self._empty(layer) for layer in layers}
         self._moments: dict[str, Moments] = {}
         self._rows: dict[str, list[tuple[FloatArray, FloatArray]]] = {layer.name: [] for layer in layers}
         self._total = {layer.name: np.zeros((layer.groups, layer.depth)) for layer in layers}
@@ -61,9 +63,8 @@ class SiteData:
     def add(self, layer: Layer, rows: FloatArray, float_rows: FloatArray | None, *, complete: bool) -> None:
         """Adds the rows of one sample: behind the quantized prefix and, for some samples, in float."""
         name = layer.name
-        self.exact[name] &= complete and name in self._sums
-        if name in self._sums:
-            self._sums[name].update(self._quantizer.simulate(rows))
+        self.exact[name] &= complete
+        self._sums[name].update(self._quantizer.simulate(rows))
         if float_rows is not None and len(rows):
             self._total[name] += float_rows.sum(0, dtype=np.float64)
             self._count[name] += len(float_rows)
@@ -73,20 +74,23 @@ class SiteData:
             self._rows[name].append((float_rows[spread], rows[spread]))
 
     def moments(self, layer: Layer, quantizer: TensorQuantizer) -> Moments:
-        """Moments over all samples; over the search rows for a layer too deep.
+        """Moments over all samples, the same object for the same rows.
 
         They were taken at the start's activation scale. Another scale changes the rounding noise in them, which
         matters little to a weight; the search rows take its place when the scale moved by more than a tenth.
         """
         name = layer.name
         moved = abs(float(quantizer.scale / self._quantizer.scale) - 1.0) > _SCALE_MOVED
-        if name in self._sums and not (moved and self._enough_rows(layer)):
+        if not (moved and self._enough_rows(layer)):
             if name not in self._moments:
-                self._moments[name] = self._sums[name].result()
+                self._moments[name] = self._sums.pop(name).result()
             return self._moments[name]
-        sums = MomentSums(layer.groups, layer.depth)
+        sums = self._empty(layer)
         sums.update(quantizer.simulate(self.search_rows(layer)[1]))
         return sums.result()
+
+    def _empty(self, layer: Layer) -> MomentSums:
+        return MomentSums(layer.groups, layer.depth, block_depth(layer.depth, self._limits.block))
 
     def _enough_rows(self, layer: Layer) -> bool:
         return sum(len(part[0]) for part in self._rows[layer.name]) >= 8 * layer.depth

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -97,30 +97,8 @@ class SmoothChoice:
     kept: bool
 
 
-def choose_smoothing(
-    model: ir.Model,
-    source: CalibrationSource,
-    groups: Sequence[SmoothGroup],
-    *,
-    abits: int = 8,
-    wbits: int = 8,
-    symmetric: bool = False,
-    options: SmoothingOptions | None = None,
-    threads: int = 1,
-    progress: Progress | None = None,
-) -> list[tuple[SmoothGroup, Vector]]:
-    """The groups that gain, with their factors; the arguments are those of :func:`measure_smoothing`."""
-    choices = measure_smoothing(
-        model,
-        source,
-        groups,
-        abits=abits,
-        wbits=wbits,
-        symmetric=symmetric,
-        options=options,
-        threads=threads,
-        progress=progress,
-    )
+def kept_factors(choices: Iterable[SmoothChoice]) -> list[tuple[SmoothGroup, Vector]]:
+    """The groups that gain, with their factors: what :class:`postquant.passes.smooth.SmoothPass` takes."""
     return [(choice.group, choice.factors) for choice in choices if choice.kept]
 
 

@@ -23,6 +23,7 @@ from postquant.calib.weight_start import start_weights
 from postquant.calib.work import forward_work
 from postquant.passes.biases import fit_biases
 from postquant.passes.emit import emit
+from postquant.passes.free_memory import give_back_memory
 from postquant.passes.plan import Entry, QuantPlan
 from postquant.passes.session import make_session
 from postquant.runtime_ops.quantizer import TensorQuantizer
@@ -69,6 +70,8 @@ class Trial:
         self._outputs = measured_outputs(model)
         session = make_session(model, outputs=self._outputs, threads=threads)
         self._reference = [session.run(sample) for sample in self._source]
+        del session
+        give_back_memory()
 
     def measure(self, model: ir.Model, plan: QuantPlan) -> Outcome:
         """Runs the emitted model on onnxruntime.
@@ -87,6 +90,8 @@ class Trial:
                 relative += error / max(signal, 1e-30)
                 energy, noise = energy + signal, noise + error
             roots.append(math.sqrt(relative))
+        del session
+        give_back_memory()
         sqnr = 10 * math.log10(max(energy, 1e-30) / max(noise, 1e-30))
         robust = float(np.mean(roots)) if roots else 0.0
         return Outcome(math.sqrt(robust * 10 ** (-sqnr / 20)), sqnr)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from postquant.calib.layers import Layer
 from postquant.calib.moments import Moments
 from postquant.runtime_ops.quantizer import SMALLEST_SCALE, TensorQuantizer
 
+F = TypeVar("F", bound=np.floating)
 FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
 
@@ -84,7 +86,7 @@ class WeightProblem:
         self._square = moments.square.astype(np.float32)
         # With w~ = w + d: <o~,o> = w'Hw + d'(Hw), |o~|^2 = w'Hw + 2 d'(Hw) + d'Hd; the small parts keep their digits.
         exact = self.matrix.astype(np.float64)
-        response = moments.square @ exact
+        response = _by_block(moments.square, exact)
         self.energy = np.einsum("gkm,gkm->gm", exact, response)
         self._response = response.astype(np.float32)
 
@@ -92,13 +94,20 @@ class WeightProblem:
         """``<o~, o>`` and ``|o~|^2`` per output channel, (G, M), of a candidate (G, K, M)."""
         d = candidate - self.matrix
         linear = np.einsum("gkm,gkm->gm", d, self._response)
-        return self.energy + linear, self.energy + 2 * linear + np.einsum("gkm,gkm->gm", d, self._square @ d)
+        return self.energy + linear, self.energy + 2 * linear + np.einsum("gkm,gkm->gm", d, _by_block(self._square, d))
 
     def error(self, candidate: FloatArray) -> DoubleArray:
         """``|o~ - o|^2`` per output channel, (G, M)."""
         d = candidate - self.matrix
-        error: DoubleArray = np.maximum(np.einsum("gkm,gkm->gm", d, self._square @ d), 0.0).astype(np.float64)
+        error: DoubleArray = np.maximum(np.einsum("gkm,gkm->gm", d, _by_block(self._square, d)), 0.0).astype(np.float64)
         return error
+
+
+def _by_block(square: npt.NDArray[F], matrix: npt.NDArray[F]) -> npt.NDArray[F]:
+    """``H m`` of (G, K, M) matrices, with the blocks of H along its first axis."""
+    blocks, depth, _ = square.shape
+    product: npt.NDArray[F] = np.matmul(square, matrix.reshape(blocks, depth, -1)).reshape(matrix.shape)
+    return product
 
 
 def problem_of(layer: Layer, weight: FloatArray, moments: Moments, options: SearchOptions) -> WeightProblem:
@@ -122,8 +131,12 @@ def search_weight(
         A quantizer with scales (and, for cosine, explicit codes). Channels whose error no candidate lowers keep
         ``start``.
     """
-    problem = problem_of(layer, weight, moments, options)
-    spec = start.spec
+    return search_problem(problem_of(layer, weight, moments, options), start, options)
+
+
+def search_problem(problem: WeightProblem, start: TensorQuantizer, options: SearchOptions) -> TensorQuantizer:
+    """:func:`search_weight` of a problem that stands already."""
+    layer, spec = problem.layer, start.spec
     scale0 = np.ascontiguousarray(layer.per_output(start.scale), np.float32)
     grid = np.linspace(options.alpha, options.beta, options.candidates)
     # Where the start wins, candidates next to it are looked at too.
@@ -141,7 +154,7 @@ def search_weight(
         best.offer(score, gain, scale, index)
 
     judge(None)
-    step = _COARSE if len(grid) > 4 * _COARSE else 1
+    step = _step(len(grid))
     for coarse in range(0, len(grid), step):
         judge(np.full(best.score.shape, coarse))
     around = best.index.copy()
@@ -149,6 +162,20 @@ def search_weight(
         judge(np.clip(around + offset, 0, len(grid) - 1))
     best_scale, best_gain = best.scale, best.gain
     return _with_gain(layer, problem, start, best_scale, best_gain if options.objective is Objective.COSINE else None)
+
+
+def tried_candidates(candidates: int) -> int:
+    """How many of a grid's candidates a search judges: every fifth, the neighbours of the best, and the start.
+
+    >>> tried_candidates(100), tried_candidates(12)
+    (29, 13)
+    """
+    step = _step(candidates)
+    return 1 + len(range(0, candidates, step)) + 2 * (step - 1)
+
+
+def _step(candidates: int) -> int:
+    return _COARSE if candidates > 4 * _COARSE else 1
 
 
 class _Best:

@@ -33,7 +33,8 @@ from postquant.passes.target import WeightStorage
 from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
-_INT4_OPSET = 21
+# ONNX INT4 exists from here on.
+INT4_OPSET = 21
 _INT4_IR_VERSION = 10
 
 
@@ -51,11 +52,11 @@ def emit(model: ir.Model, plan: QuantPlan, *, weight_storage: WeightStorage = We
     Raises:
         ModelError: If the plan is of another model, or INT4 storage meets an opset below 21.
     """
-    if weight_storage is WeightStorage.INT4 and model.graph.opset_imports.get("", 0) < _INT4_OPSET:
+    if weight_storage is WeightStorage.INT4 and model.graph.opset_imports.get("", 0) < INT4_OPSET:
         raise ModelError(
             "4-bit tensors need a newer opset",
             where="weight storage int4",
-            expected=f"opset {_INT4_OPSET}",
+            expected=f"opset {INT4_OPSET}",
             found=f"opset {model.graph.opset_imports.get('', 0)}",
             hint="convert the model first",
         )
@@ -134,6 +135,8 @@ class _Emission:
             output=name if replaces_output else None,
         )
         if replaces_output:
+            # Of the clips that the codes stand for only the last one, an output, has a declared shape for certain.
+            result.shape = value.shape
             for index, output in enumerate(self.graph.outputs):
                 if output is value:
                     self.graph.outputs[index] = result

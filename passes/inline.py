@@ -40,7 +40,7 @@ def inline_functions(model: ir.Model, *, keep_domains: frozenset[str] = frozense
         return ("model-local functions call each other in a circle and stay calls, in float",)
     notes: list[str] = []
     if count > len(model.functions):
-        notes.append(f"{count - len(model.functions)} model-local functions were inlined")
+        notes.append(f"model-local functions that were inlined: {count - len(model.functions)}")
     called = sorted(
         {f"{node.domain}::{node.op_type}" for node in model.graph if node.op_identifier() in model.functions}
     )
@@ -56,4 +56,4 @@ def note_subgraphs(model: ir.Model) -> tuple[str, ...]:
         return ()
     kinds = ", ".join(sorted({node.op_type for node in holders}))
     inside = sum(len(body) for node in holders for body in subgraphs(node))
-    return (f"{inside} nodes inside {kinds} stay in float",)
+    return (f"nodes inside {kinds} that stay in float: {inside}",)

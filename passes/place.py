@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
@@ -160,12 +160,31 @@ class _Placement:
 
     def _check_overrides(self) -> None:
         for override in self.settings.overrides:
-            if not any(override.selects(node) for node in self.graph):
+            where = " ".join(filter(None, (override.node, override.op_type)))
+            selected = [node for node in self.graph if override.selects(node)]
+            if not selected:
                 raise ConfigError(
                     "an override selects no node",
-                    where=" ".join(filter(None, (override.node, override.op_type))),
-                    hint="`postquant inspect` lists the names of the simplified model's nodes",
+                    where=where,
+                    expected=self._known(override),
+                    hint="names are those of the simplified model; --verbose and `postquant inspect` show them",
                 )
+            if override.wbits is not None and all(semantics.weight_index(node) is None for node in selected):
+                raise ConfigError(
+                    "an override sets wbits of nodes that have no weights",
+                    where=where,
+                    expected="a Conv, ConvTranspose, Gemm or MatMul with constant weights",
+                    found=_some([f"{node.op_type} {node.name}" for node in selected]),
+                    hint="the width of what other operators read is abits",
+                )
+
+    def _known(self, override: Override) -> str:
+        """What an override that selects nothing could have named."""
+        types = {node.op_type for node in self.graph}
+        if override.op_type is not None and override.op_type not in types:
+            return f"an operator type of the model: {_some(sorted(types), most=20)}"
+        names = [node.name or "" for node in self.graph if override.op_type in (None, node.op_type)]
+        return f"a pattern that fits a node: {_some(names)}"
 
     def _blocked(self) -> dict[ir.Node, str]:
         blocked: dict[ir.Node, str] = {}
@@ -282,3 +301,7 @@ def _name(value: ir.Value | None) -> str:
     assert value is not None
     assert value.name is not None
     return value.name
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -43,6 +43,15 @@ def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
             yield from attribute.as_graphs()
 
 
+def op_types(graph: ir.Graph) -> dict[str, str]:
+    """Operator types by node name; a node inside a subgraph is ``<its holder>/<its name>``, as in a plan."""
+    found = {node.name or "": node.op_type for node in graph}
+    for node in graph:
+        for body in subgraphs(node):
+            found |= {f"{node.name}/{inner.name}": inner.op_type for inner in body.all_nodes()}
+    return found
+
+
 def captured_values(node: ir.Node) -> tuple[ir.Value, ...]:
     """Values of outer graphs that the node's subgraphs read, each once, in the order of their first use."""
     found: dict[ir.Value, None] = {}

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from postquant.passes.plan import QuantPlan, write_atomically
 from postquant.passes.session import custom_operators
 from postquant.passes.target import Target, load_target
+from postquant.pipeline.broken_weights import broken_weights_told
 from postquant.pipeline.checkpoint import Checkpoint
 from postquant.pipeline.config import QuantConfig
 from postquant.pipeline.fingerprint import digest_file, digest_model, fingerprint, package_versions
@@ -122,7 +123,8 @@ def quantize(
         path = stack.enter_context(model_file(model))
         progress.stage("read model")
         job = _job(path, calibration, config, target, progress, folder)
-        plan, report, folder = _run_in_memory(job) if folder is None else _run_into(folder, job)
+        with broken_weights_told(job.model):
+            plan, report, folder = _run_in_memory(job) if folder is None else _run_into(folder, job)
     result = QuantizationResult(plan, report, watch.read(), folder)
     if out is None:
         weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)

@@ -102,6 +102,7 @@ def quantize(
     simplify: Annotated[bool | None, option("simplify")] = None,
     weight_storage: Annotated[str | None, option("weight_storage")] = None,
     max_positions: Annotated[str | None, option("max_positions")] = None,
+    search_work: Annotated[str | None, option("search_work")] = None,
     verify_samples: Annotated[str | None, option("verify_samples")] = None,
     custom_ops: CustomOps = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every layer in the table.")] = False,

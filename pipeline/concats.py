@@ -30,6 +30,8 @@ def decide_concats(
         threads: Threads of onnxruntime.
     """
     concats = [node for node in model.graph if node.op_type == "Concat" and node.name not in plan.floats]
+    # Those of shapes and indices are none of ours, and a comparison of a large model is not free.
+    concats = [node for node in concats if share_concat(plan, node) is not plan]
     if not concats:
         return plan
     trial = Trial(model, source, samples=_SAMPLES, threads=threads)

@@ -154,6 +154,11 @@ class QuantConfig:
     max_positions: int = integer(
         "output positions per layer that the search reads where second moments do not serve", default=8192, low=64
     )
+    search_work: float = number(
+        "EasyQuant: multiply-accumulates that the weight search may cost; it is reduced on larger models",
+        default=1.5e13,
+        above=0.0,
+    )
     verify_samples: int = integer("samples on which the result is verified and measured", default=32, low=1)
     custom_ops: tuple[str, ...] = paths("libraries with custom operators that the model needs")
     image: ImageConfig | None = record(ImageConfig, "preprocessing of a folder of images", none="none")

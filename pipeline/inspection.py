@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import custom_operators
+from postquant.passes.subgraph import op_types
 from postquant.pipeline.inspected_tensors import Activation, Tensor, Weight, described, stored_activations, weights_of
 from postquant.pipeline.kernels import Coverage, integer_coverage, observed_session
 from postquant.pipeline.load import load_model
@@ -149,15 +150,15 @@ def _of_model(place: pathlib.Path, file: pathlib.Path, plan: QuantPlan | None, r
 
 def _floats(model: ir.Model, plan: QuantPlan | None, coverage: Coverage | None) -> tuple[FloatNode, ...]:
     """Nodes that compute in float: by the plan with its reasons, else the weighted ones that onnxruntime runs so."""
-    nodes = {node.name: node for node in model.graph if node.name}
+    kinds = op_types(model.graph)
     result = {
-        name: FloatNode(node=name, op_type=nodes[name].op_type if name in nodes else "?", reason=reason)
+        name: FloatNode(node=name, op_type=kinds.get(name, "?"), reason=reason)
         for name, reason in (plan.floats if plan is not None else {}).items()
     }
     for name, kernel in (coverage.floating if coverage is not None else {}).items():
         if name not in result:
-            op_type = nodes[name].op_type if name in nodes else "?"
-            result[name] = FloatNode(node=name, op_type=op_type, reason=f"onnxruntime runs it as {kernel}")
+            reason = f"onnxruntime runs it as {kernel}"
+            result[name] = FloatNode(node=name, op_type=kinds.get(name, "?"), reason=reason)
     return tuple(result.values())
 
 

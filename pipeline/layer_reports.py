@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from postquant.passes import semantics
 from postquant.passes.plan import QuantPlan
+from postquant.passes.subgraph import op_types
 from postquant.pipeline.quality import TensorQuality
 from postquant.pipeline.report import FloatReport, LayerReport
 from postquant.runtime_ops.quantizer import TensorQuantizer
@@ -73,5 +74,5 @@ def _stored_output(node: ir.Node, measured: Mapping[str, TensorQuality]) -> Tens
 
 def float_reports(model: ir.Model, plan: QuantPlan) -> tuple[FloatReport, ...]:
     """Every node that stayed in float, with its reason."""
-    kinds = {node.name: node.op_type for node in model.graph}
+    kinds = op_types(model.graph)
     return tuple(FloatReport(node=n, op_type=kinds.get(n, ""), reason=r) for n, r in plan.floats.items())

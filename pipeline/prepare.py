@@ -194,7 +194,7 @@ def _free_inputs(model: ir.Model) -> list[str]:
     FreeInputsPass()(model)
     if not listed:
         return []
-    return [f"{listed} initializers are also graph inputs in the file; they are constants now"]
+    return [f"initializers that are also graph inputs in the file, and are constants now: {listed}"]
 
 
 def _unchecked(random: bool) -> str:

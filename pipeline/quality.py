@@ -60,9 +60,7 @@ def stored_tensor_quality(
     """
     values = values_by_name(float_model.graph)
     tensors = {
-        tensor.value.name or "": tensor
-        for tensor in stored
-        if tensor.stored_codes is None and (tensor.value.name or "") in values
+        tensor.value.name or "": tensor for tensor in stored if not tensor.again and (tensor.value.name or "") in values
     }
     if not samples or not tensors:
         return ()

@@ -12,6 +12,7 @@ The message is written around the weights. Protobuf allows the fields of a messa
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
 import tempfile
@@ -70,7 +71,13 @@ def save_model(model: ir.Model, path: str | os.PathLike[str], *, external: bool 
             os.replace(temporary_data, data_file)
             os.replace(temporary, file)
     except OSError as error:
-        raise OutputError("the model cannot be written", where=str(file), found=error.strerror or str(error)) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise OutputError(
+            "the model cannot be written",
+            where=str(file),
+            found="a full disk" if full else error.strerror or str(error),
+            hint="free some space there and run the same command again" if full else None,
+        ) from error
 
 
 @contextlib.contextmanager

@@ -60,9 +60,9 @@ class Simulation:
         """
         out = Affine.of(tensor.quantizer)
         if tensor.stored_codes is not None:
-            stored = self._plan.activation_quantizer(tensor.value.name or "")
-            assert stored is not None
-            law: Prediction | None = quantized(Affine.of(stored).real(arrays[tensor.stored_codes]), out)
+            assert tensor.stored_quantizer is not None
+            real = Affine.of(tensor.stored_quantizer).real(arrays[tensor.stored_codes])
+            law: Prediction | None = quantized(real, out)
         elif tensor.node is None:
             law = quantized(np.asarray(feeds[tensor.source]), out)
         else:

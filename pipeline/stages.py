@@ -10,7 +10,6 @@ against the float model, falls. Finished stages are saved, so that an interrupte
 from __future__ import annotations
 
 import dataclasses
-import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +33,7 @@ from postquant.calib.ranges import (
     places_of,
 )
 from postquant.calib.site_data import WorkLimits
-from postquant.calib.smoothing import choose_smoothing
+from postquant.calib.smoothing import kept_factors, measure_smoothing
 from postquant.calib.source import CalibrationSource, SubsetSource
 from postquant.calib.trial import Trial, keep_better
 from postquant.calib.weight_search import Objective as SearchObjective
@@ -43,13 +42,15 @@ from postquant.calib.weight_start import start_weights
 from postquant.calib.work import forward_work
 from postquant.passes.align_input import AlignInputPass, with_exact_inputs
 from postquant.passes.biases import fit_biases
-from postquant.passes.emit import emit
+from postquant.passes.emit import INT4_OPSET, emit
 from postquant.passes.equalize import EqualizePass
 from postquant.passes.input_levels import InputGrid
+from postquant.passes.opset import opset_of
 from postquant.passes.place import place
 from postquant.passes.plan import QuantPlan
 from postquant.passes.smooth import SmoothPass, smooth_groups
 from postquant.passes.spill import settle_lazy_tensors
+from postquant.passes.target import WeightStorage
 from postquant.pipeline.concats import decide_concats
 from postquant.pipeline.config import Method, QuantConfig
 from postquant.pipeline.job import Job, Outcome
@@ -59,6 +60,7 @@ from postquant.pipeline.placement import placement_settings
 from postquant.pipeline.prepare import Prepared, prepare
 from postquant.pipeline.stage_log import StageLog
 from postquant.pipeline.verify import verify_model
+from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 # Samples on which the simplified model is compared with the original.
@@ -81,10 +83,10 @@ def run_pipeline(job: Job) -> Outcome:
     Raises:
         PostquantError: If the model or the data do not allow it; nothing has been written then but saved stages.
     """
-    # BLAS would split sums by the number of threads; one thread keeps results independent of it.
+    # BLAS and onnxruntime split sums by their number of threads and then round differently (docs/design-notes.md).
     with threadpoolctl.threadpool_limits(1, user_api="blas"), tempfile.TemporaryDirectory(prefix="postquant.") as temp:
         folder = pathlib.Path(temp)
-        threads = job.config.threads or os.cpu_count() or 1
+        threads = 1
         log = StageLog(job.progress)
         prepared = _simplify(job, log, folder, threads)
         reference = prepared.model
@@ -94,7 +96,7 @@ def run_pipeline(job: Job) -> Outcome:
         plan = _search_scales(job, reference, model, plan, log, folder, threads, fixed=fixed)
         job.progress.stage("emit")
         plan = fit_biases(model, plan)
-        emitted = emit(model, plan, weight_storage=job.config.weight_storage or job.target.weight_storage)
+        emitted = emit(model, plan, weight_storage=_weight_storage(job))
         return _verify(job, prepared, model, plan, emitted, log, threads)
 
 
@@ -104,15 +106,37 @@ def _simplify(job: Job, log: StageLog, folder: pathlib.Path, threads: int) -> Pr
     prepared = prepare(
         job.model,
         list(job.source.read(spaced(len(job.source), _PREPARE_SAMPLES))),
-        opset=job.target.min_opset,
+        opset=_least_opset(job),
         simplify=job.config.simplify,
         custom_ops=job.config.custom_ops,
         folder=folder,
         threads=threads,
     )
+    _check_storage(job, prepared.model)
     log.add("simplify", f"largest difference of an output from the original: {prepared.max_abs_error:.3g}")
     log.note(*prepared.notes)
     return prepared
+
+
+def _weight_storage(job: Job) -> WeightStorage:
+    return job.config.weight_storage or job.target.weight_storage
+
+
+def _least_opset(job: Job) -> int:
+    """What the target wants, or the container of the weights."""
+    return max(job.target.min_opset, INT4_OPSET if _weight_storage(job) is WeightStorage.INT4 else 0)
+
+
+def _check_storage(job: Job, model: ir.Model) -> None:
+    """A conversion that failed is told before the work, not when the result is written."""
+    if _weight_storage(job) is WeightStorage.INT4 and opset_of(model) < INT4_OPSET:
+        raise ModelError(
+            "4-bit storage needs an operator set to which the model cannot be converted",
+            where="weight_storage",
+            expected=f"opset {INT4_OPSET}",
+            found=f"opset {opset_of(model)}",
+            hint=f"export the model with opset {INT4_OPSET} or above, or leave weight_storage out",
+        )
 
 
 def _change_graph(
@@ -133,7 +157,8 @@ def _change_graph(
         groups = smooth_groups(model)
         if groups:
             job.progress.stage("smooth")
-            factors = choose_smoothing(model, source, groups, abits=config.abits, wbits=config.wbits, threads=threads)
+            choices = measure_smoothing(model, source, groups, abits=config.abits, wbits=config.wbits, threads=threads)
+            factors = kept_factors(choices)
             SmoothPass(factors)(model)
             settle_lazy_tensors(model, folder)
             log.add("smooth", f"{len(factors)} of {len(groups)} groups of MatMul inputs", kept=bool(factors))
@@ -257,13 +282,14 @@ def _search_scales(
             model,
             Prefix(model, source, folder, threads=threads),
             _search_options(config),
-            WorkLimits(search_rows=config.max_positions, seed=config.seed),
+            WorkLimits(search_rows=config.max_positions, search_work=config.search_work, seed=config.seed),
             fixed=fixed,
             judge=_judge(model, plan, source, threads),
         )
         result = search.run(plan, job.progress.advance)
         means = result.means
         log.changes(result.changes)
+        log.note(*result.notes)
         searched = result.plan
     else:
         searched = plan

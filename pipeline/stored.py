@@ -31,7 +31,8 @@ class Stored:
         output: Index of that output.
         clips: Bounds of the Relu and Clip nodes between that output and ``value``, the last one first.
         source: Name of the float value that the emitted model quantizes.
-        stored_codes: For a second, narrower quantization: the codes that it reads; None otherwise.
+        stored_codes: For a second quantization: the codes that it reads; None otherwise.
+        stored_quantizer: What the plan says about those codes.
         needs: Names of the codes that the prediction reads.
     """
 
@@ -44,7 +45,13 @@ class Stored:
     clips: tuple[tuple[float, float], ...]
     source: str
     stored_codes: str | None
+    stored_quantizer: TensorQuantizer | None
     needs: tuple[str, ...]
+
+    @property
+    def again(self) -> bool:
+        """Whether the same value is also stored with a quantizer of its own, which this one narrows."""
+        return self.stored_codes is not None and not self.clips
 
 
 def find_stored(float_model: ir.Model, emitted: ir.Model, plan: QuantPlan) -> tuple[Stored, ...]:
@@ -93,12 +100,23 @@ class _Search:
             return
         inner = reading(source)
         if inner is not None:  # codes -> DequantizeLinear -> QuantizeLinear: the tensor is stored twice
-            stored = self._plan.activation_quantizer(value.name or "")
+            first, clips = self._stored_first(value, quantizer)
+            stored = self._plan.activation_quantizer(first.name or "")
             if stored is not None:
-                self._add(found, value, stored, inner)
+                self._add(found, first, stored, inner)
             codes = inner.codes.name or ""
             found[seen.codes.name or ""] = Stored(
-                value, seen.codes.name or "", quantizer, seen, None, 0, (), source.name or "", codes, (codes,)
+                value,
+                seen.codes.name or "",
+                quantizer,
+                seen,
+                None,
+                0,
+                clips,
+                source.name or "",
+                codes,
+                stored,
+                (codes,),
             )
             return
         node, output, clips = self._origin(value, source)
@@ -118,8 +136,30 @@ class _Search:
             clips,
             source.name or "",
             None,
+            None,
             tuple(dict.fromkeys(needs)),
         )
+
+    def _stored_first(
+        self, value: ir.Value, quantizer: TensorQuantizer
+    ) -> tuple[ir.Value, tuple[tuple[float, float], ...]]:
+        """The value whose codes a second quantizer reads, and the clips in between, the last one first.
+
+        That is ``value`` itself where one node reads it with fewer bits. Where ``value`` has only this quantizer, it is
+        the Relu or Clip of a tensor that is stored as well, because something else (a graph output) reads it.
+        """
+        clips: list[tuple[float, float]] = []
+        if quantizer is not self._plan.activation_quantizer(value.name or ""):
+            return value, ()
+        while (node := value.producer()) is not None and node.inputs and node.inputs[0] is not None:
+            bounds = semantics.clip_bounds(node)
+            if bounds is None:
+                break
+            clips.append(bounds)
+            value = node.inputs[0]
+            if self._plan.activation_quantizer(value.name or "") is not None:
+                break
+        return value, tuple(clips)
 
     def _readers(self, node: ir.Node) -> list[ir.Node]:
         """The emitted nodes whose codes the prediction of a node's output reads."""

@@ -88,7 +88,11 @@ def _print_totals(report: Report, stats: RunStats | None, console: Console, out:
     console.print()
     bits = sorted({(layer.wbits, layer.abits) for layer in report.layers}, key=str)
     widths = ", ".join(f"W{_bits(w)}A{_bits(a)}" for w, a in bits)
-    _line(console, f"{len(report.layers)} layers quantized{f' ({widths})' if widths else ''} for {report.target}")
+    count = f"{len(report.layers)} layer{'' if len(report.layers) == 1 else 's'}"
+    samples = f"{report.samples} calibration sample{'' if report.samples == 1 else 's'}"
+    _line(console, f"{count} quantized{f' ({widths})' if widths else ''} for {report.target}, {samples}")
+    if not report.layers:
+        _line(console, "no Conv, ConvTranspose, Gemm or MatMul is quantized: the result is hardly smaller or faster")
     for output in report.outputs:
         agreement = "" if output.agreement is None else f", agreement {100 * output.agreement:.2f} %"
         _line(console, f"output {output.name}: SQNR {_decimal(output.sqnr_db, 1)} dB{agreement}")

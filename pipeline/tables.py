@@ -119,7 +119,7 @@ def count_table(ops: Mapping[str, int], kernels: Mapping[str, int] | None) -> Ta
 
 def weight_table(inspection: Inspection) -> Table:
     """Weights with the code range that they really use."""
-    table = _table("weight", "op", "type", "shape", "bits", "codes", "scales", "size", numbers=4)
+    table = _table("weight", "node", "op", "type", "shape", "bits", "codes", "scales", "size", numbers=4)
     for weight in inspection.weights[:_ROWS]:
         codes = "-" if weight.code_range is None else f"{weight.code_range[0]}..{weight.code_range[1]}"
         scales = "-"
@@ -128,6 +128,7 @@ def weight_table(inspection: Inspection) -> Table:
             scales = f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}"
         table.add_row(
             Text(weight.name),
+            Text(weight.node or "-"),
             weight.op_type or "-",
             weight.dtype,
             "x".join(map(str, weight.shape)) or "-",

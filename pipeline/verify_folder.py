@@ -46,6 +46,13 @@ def verify_folder(
         CalibrationError: If the data do not fit the model.
     """
     progress = progress or NullProgress()
+    if not (folder / REPORT_FILE).is_file():
+        raise ModelError(
+            "there is no result to verify",
+            where=str(folder),
+            expected=f"a folder with {MODEL_FILE}, {PLAN_FILE} and {REPORT_FILE}",
+            hint="give the --out of a finished `postquant quantize`",
+        )
     report = Report.load(folder / REPORT_FILE)
     progress.stage("digests")
     digests = _check_digests(folder, report)

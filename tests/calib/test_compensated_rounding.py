@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from postquant.calib.compensated_rounding import DAMPING, compensate, compensated_codes
-from postquant.calib.moments import Moments
+from postquant.calib.moments import Moments, MomentSums
 from postquant.calib.weight_search import SearchOptions, WeightProblem, problem_of, quantize_matrix, search_weight
 
 KINDS = ("Conv", "grouped", "depthwise", "ConvTranspose", "transposed groups", "Gemm", "MatMul")
@@ -135,3 +135,41 @@ def test_dead_layers(layer_case: Any) -> None:
     assert np.isfinite(found.scale).all()
     np.testing.assert_array_equal(found.codes[2], start.quantize(weight)[2])
     assert not found.codes[4].any()
+
+
+@pytest.mark.parametrize(("kind", "block"), [("Conv", 8), ("grouped", 6), ("MatMul", 3), ("Gemm", 2)])
+def test_blocks_of_moments_stand_for_inputs_that_never_meet(layer_case: Any, kind: str, block: int) -> None:
+    """Blocks of the moments of rows are whole moments of rows in which the inputs of only one block are not zero."""
+    case = layer_case(kind)
+    layer = case.layer
+    own = np.arange(layer.depth) // block
+    blocks = layer.depth // block
+    apart = np.concatenate([case.rows * (own == i) for i in range(blocks)]) * np.float32(blocks**0.5)
+    separated = dataclasses.replace(case, rows=apart)
+    sums = MomentSums(layer.groups, layer.depth, block)
+    sums.update(case.rows)
+    start, options = case.start(4), SearchOptions(centred=False)
+
+    def found(moments: Moments) -> list[Doubles]:
+        problem = problem_of(layer, case.weight, moments, options)
+        searched = search_weight(layer, case.weight, start, moments, options)
+        rounded = compensate(layer, problem, searched)
+        errors = [separated.errors(quantizer) for quantizer in (start, searched, rounded)]
+        np.testing.assert_allclose(problem.error(layer.matrix(start.simulate(case.weight))), errors[0], rtol=1e-4)
+        return errors
+
+    by_block, whole = found(sums.result()), found(separated.moments())
+    for errors, expected in zip(by_block, whole, strict=True):
+        # Ties fall either way in float32.
+        np.testing.assert_allclose(errors.sum(), expected.sum(), rtol=0.02)
+    assert by_block[2].sum() < by_block[1].sum() < by_block[0].sum()
+
+
+@pytest.mark.parametrize("moment", [0.0, -1e-9, np.inf, np.nan])
+def test_moments_that_tell_nothing_round_to_nearest(moment: float) -> None:
+    """Constant inputs leave the rounding noise of a covariance, enormous ones leave infinity: no error, no change."""
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(1, 6, 4)).astype(np.float32)
+    scale = np.full((1, 1, 4), 0.1, np.float32)
+    found = compensated_codes(matrix, scale, np.full((1, 6, 6), moment), -127, 127)
+    np.testing.assert_array_equal(found, np.clip(np.rint(matrix / scale), -127, 127))

@@ -180,6 +180,23 @@ def test_the_network_gains_and_the_result_is_repeatable(
             np.testing.assert_array_equal(entry.zero_point, other.zero_point)
 
 
+def test_little_work_still_helps_and_is_told(
+    model: ir.Model, source: CalibrationSource, plan: QuantPlan, tmp_path: pathlib.Path
+) -> None:
+    trial = Trial(model, source)
+    before = trial.measure(model, plan).sqnr_db
+    for block, work in ((2048, 1.0), (6, 1e13)):
+        folder = tmp_path / str(block)
+        folder.mkdir()
+        limits = WorkLimits(block=block, search_work=work)
+        result = EasyQuant(model, Prefix(model, source, folder), SearchOptions(), limits).run(plan)
+        assert all(change.weight_gain_db >= -1e-6 for change in result.changes)
+        assert trial.measure(model, result.plan).sqnr_db > before + 1
+        # Each convolution has 36 inputs.
+        assert ("was reduced to" in result.notes[0]) == (work == 1.0)
+        assert ("8 of 8 layers were kept in blocks of up to 6 inputs" in result.notes[-1]) == (block == 6)
+
+
 def test_fixed_and_refused_scales_stay(
     model: ir.Model, source: CalibrationSource, plan: QuantPlan, tmp_path: pathlib.Path
 ) -> None:

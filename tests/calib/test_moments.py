@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postquant.calib.moments import MomentSums
+from postquant.calib.moments import MomentSums, block_depth
 
 
 @given(st.lists(st.integers(0, 700), min_size=1, max_size=4), st.integers(1, 3), st.integers(1, 5), st.integers(0, 9))
@@ -56,3 +56,30 @@ def test_errors_of_any_weight_follow_from_them(layer_case: Any, kind: str) -> No
         square = (moments.centred() if centred else moments).square
         expected = np.square(case.outputs(change, centred=centred)).mean(0)
         np.testing.assert_allclose(np.einsum("gkm,gkl,glm->gm", d, square, d), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("groups", "depth", "block"), [(1, 6, 3), (2, 6, 2), (3, 4, 1), (2, 5, 5)])
+def test_blocks_are_the_diagonal_of_the_whole(groups: int, depth: int, block: int) -> None:
+    rows = np.random.default_rng(0).standard_normal((900, groups, depth)).astype(np.float32)
+    whole, parts = MomentSums(groups, depth), MomentSums(groups, depth, block)
+    for sums in (whole, parts):
+        sums.update(rows[:100])
+        sums.update(rows[100:])
+    full, found = whole.result(), parts.result()
+    assert found.square.shape == (groups * depth // block, block, block)
+    np.testing.assert_allclose(found.mean.reshape(full.mean.shape), full.mean, rtol=1e-6)
+    for centred, square in ((full.centred().square, found.centred().square), (full.square, found.square)):
+        diagonal = [
+            centred[group, begin : begin + block, begin : begin + block]
+            for group in range(groups)
+            for begin in range(0, depth, block)
+        ]
+        np.testing.assert_allclose(square, diagonal, rtol=1e-5, atol=1e-6)
+
+
+@given(st.integers(1, 5000), st.integers(1, 3000))
+def test_the_size_of_a_block(depth: int, limit: int) -> None:
+    block = block_depth(depth, limit)
+    assert block <= limit
+    assert depth % block == 0
+    assert not any(depth % size == 0 for size in range(block + 1, min(depth, limit) + 1))

@@ -18,7 +18,7 @@ from postquant.calib.open_source import open_source
 from postquant.calib.smoothing import (
     SmoothingOptions,
     candidate_factors,
-    choose_smoothing,
+    kept_factors,
     measure_smoothing,
 )
 from postquant.calib.source import CalibrationSource
@@ -98,7 +98,7 @@ def test_even_channels_are_left_alone(rng: np.random.Generator) -> None:
     model = build(POST_NORM, rng, loud=1.0)
     (choice,) = measure_smoothing(model, data(model, rng), smooth_groups(model))
     assert not choice.kept
-    assert choose_smoothing(model, data(model, rng), smooth_groups(model)) == []
+    assert kept_factors([choice]) == []
 
 
 def test_inserted_mul_must_gain_more(rng: np.random.Generator) -> None:
@@ -121,9 +121,8 @@ def test_several_layers_and_progress(rng: np.random.Generator) -> None:
     value.const_value = second
     model.graph.register_initializer(value)
     done: list[int] = []
-    ((group, factors),) = choose_smoothing(
-        model, data(model, rng), smooth_groups(model), progress=lambda: done.append(1)
-    )
+    choices = measure_smoothing(model, data(model, rng), smooth_groups(model), progress=lambda: done.append(1))
+    ((group, factors),) = kept_factors(choices)
     assert len(group.layers) == 2
     assert factors[LOUD].min() > 3
     assert done == [1]
@@ -150,8 +149,8 @@ def test_fewer_bits_and_symmetric_ranges(rng: np.random.Generator) -> None:
 def test_threads_do_not_matter(rng: np.random.Generator) -> None:
     model = build(PRE_NORM, rng)
     source = data(model, rng)
-    first, second = (choose_smoothing(model, source, smooth_groups(model), threads=threads) for threads in (1, 2))
-    np.testing.assert_array_equal(first[0][1], second[0][1])
+    first, second = (measure_smoothing(model, source, smooth_groups(model), threads=threads) for threads in (1, 2))
+    np.testing.assert_array_equal(first[0].factors, second[0].factors)
 
 
 def test_dead_channels_and_all_zero_tensors() -> None:
@@ -185,9 +184,9 @@ def test_large_weights_are_let_go(rng: np.random.Generator, tmp_path: pathlib.Pa
     loaded = ir.load(path)
     options = SmoothingOptions(row_bytes=1)
     source = data(loaded, rng, count=40)
-    expected = choose_smoothing(model, source, smooth_groups(model), options=options)
-    found = choose_smoothing(loaded, source, smooth_groups(loaded), options=options)
-    np.testing.assert_array_equal(found[0][1], expected[0][1])
+    expected = measure_smoothing(model, source, smooth_groups(model), options=options)
+    found = measure_smoothing(loaded, source, smooth_groups(loaded), options=options)
+    np.testing.assert_array_equal(found[0].factors, expected[0].factors)
     tensor = loaded.graph.initializers["w"].const_value
     assert isinstance(tensor, ir.ExternalTensor)
     assert tensor.raw is None
@@ -214,7 +213,7 @@ def test_model_is_not_changed(rng: np.random.Generator) -> None:
         for name, value in model.graph.initializers.items()
         if value.const_value is not None
     }
-    choose_smoothing(model, data(model, rng), smooth_groups(model))
+    measure_smoothing(model, data(model, rng), smooth_groups(model))
     for name, array in before.items():
         tensor = model.graph.initializers[name].const_value
         assert tensor is not None

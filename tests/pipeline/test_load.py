@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import re
@@ -319,6 +320,15 @@ def test_full_disk_leaves_the_old_file(file: pathlib.Path, as_external: bool) ->
     assert done.stdout.startswith(f"the model cannot be written ({target}): found File too large")
     assert target.read_bytes() == b"old"
     assert sorted(p.name for p in file.parent.iterdir()) == ["m.onnx", "t.onnx"]
+
+
+def test_a_full_disk_is_called_one(file: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OutputError, match="found a full disk; free some space there and run the same command again"):
+        save_model(load_model(file), file)
 
 
 def test_tensor_that_fails_leaves_the_old_file(file: pathlib.Path) -> None:

@@ -134,7 +134,7 @@ def test_weights_that_are_inputs_become_constants_with_a_note() -> None:
     onnx.checker.check_model(proto)
     prepared = prepare(ir.from_proto(proto), [X])
     assert ops(prepared) == ["Conv", "Relu"]
-    assert prepared.notes[0] == "2 initializers are also graph inputs in the file; they are constants now"
+    assert prepared.notes[0] == "initializers that are also graph inputs in the file, and are constants now: 2"
     assert [value.name for value in prepared.model.graph.inputs] == ["x"]
 
 
@@ -176,8 +176,8 @@ def test_control_flow_and_functions() -> None:
     assert "Conv" in ops(prepared)
     assert "LeakyRelu" in ops(prepared)
     assert not prepared.model.functions
-    assert "1 model-local functions were inlined" in prepared.notes
-    assert any(note.endswith("nodes inside If, Loop stay in float") for note in prepared.notes)
+    assert "model-local functions that were inlined: 1" in prepared.notes
+    assert any(note.startswith("nodes inside If, Loop that stay in float: ") for note in prepared.notes)
 
 
 def test_function_over_another_opset_stays_a_call() -> None:

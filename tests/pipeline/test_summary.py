@@ -75,6 +75,8 @@ def test_a_narrow_terminal_keeps_the_numbers() -> None:
 def test_nothing_quantized() -> None:
     text = _printed(_report(0))
     assert "0 layers quantized for onnxruntime" in text
+    assert "the result is hardly smaller or faster" in text
+    assert "1 layer quantized" in _printed(_report(1))
 
 
 def test_checks_and_sizes() -> None:

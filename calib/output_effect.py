@@ -4,20 +4,24 @@ Ranges that minimise a tensor's own error are far too wide where a few samples h
 error does to the result differs by orders of magnitude between tensors. So every candidate range is tried: the float
 network runs with only this tensor quantized, from the tensor to the outputs, and
 
-    effect = mean over samples of sqrt( sum over outputs of |o - o~|^2 / |o|^2 )
+    effect = sqrt( mean over samples of e_i  *  e of all samples together ),   e = sqrt( |o - o~|^2 / |o|^2 )
 
-is minimised; the root keeps single samples from deciding. Quantizing one tensor at a time shows its effect without
-the noise of all the others, and at useful widths these effects add up.
+is minimised (:func:`postquant.calib.output_error.combined_error`); the first factor keeps single samples from deciding,
+the second is blind to none. Quantizing one tensor at a time shows its effect without the noise of all the others.
+Rounding errors are independent, so their effects add up. Clipping is another matter: it concerns few samples, which a
+choice on few samples may not have seen, and what one layer clips the next ones clip again. So a wider range is taken
+where its disadvantage is within one standard error of the paired differences.
 
 Candidates come from the observers (min-max, sample mean, percentile, Lp, entropy), widths between them, and narrower
-ones. A part of the samples sees all of them; the rest decides among the best few.
+ones. A part of the samples sees all of them; the rest decides among the best few. Then each end of a range with two
+signs is moved alone: what a Relu behind a residual sum cuts off needs no codes, which no observer of the tensor sees.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +29,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from postquant.calib.observers import Range
-from postquant.calib.output_error import float_outputs, squared_error
+from postquant.calib.output_error import SampleError, combined_error, float_outputs
 from postquant.calib.prefix import spaced
 from postquant.calib.source import CalibrationSource
 from postquant.passes.session import Session, make_session
@@ -35,6 +39,12 @@ from postquant.runtime_ops.spec import QuantSpec
 
 _SCALE, _ZERO, _LOW, _HIGH = "postquant_scale", "postquant_zero_point", "postquant_low", "postquant_high"
 _RESULT = "postquant_effect_value_2"
+
+# Effects below this part of the largest one need no finer choice.
+NEGLIGIBLE = 0.1
+# What an end of a range is multiplied by.
+LOW_FACTORS = (0.3, 0.45, 0.6, 0.75, 0.9, 1.15)
+HIGH_FACTORS = (0.6, 0.75, 0.9, 1.15)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +112,42 @@ def candidate_quantizers(spec: QuantSpec, ranges: Mapping[str, Range]) -> dict[s
     return result
 
 
+def _finalists(effects: Mapping[str, float], count: int) -> list[str]:
+    """The best candidates of the screening and, from two on, the next wider one than the best.
+
+    Args:
+        effects: Name -> effect, from the widest range to the narrowest.
+        count: How many.
+    """
+    names = list(effects)
+    ranked = sorted(names, key=effects.__getitem__)
+    wider = names[max(names.index(ranked[0]) - 1, 0)]
+    taken = list(dict.fromkeys([ranked[0], wider, *ranked]))[:count]
+    return [name for name in names if name in taken]
+
+
+def _indistinguishable(wider: Sequence[SampleError], best: Sequence[SampleError]) -> bool:
+    """Whether a candidate's mean error exceeds another's by at most one standard error of the paired differences."""
+    if len(best) < 2:
+        return False
+    differences = np.array([w.relative - b.relative for w, b in zip(wider, best, strict=True)])
+    return float(differences.mean()) <= float(differences.std(ddof=1)) / math.sqrt(len(best))
+
+
+def _moved_ends(
+    name: str, quantizer: TensorQuantizer, side: str, factors: Sequence[float]
+) -> dict[str, TensorQuantizer]:
+    """Quantizers whose range has one end moved; none where the range has one sign only."""
+    low, high = (float(end) for end in quantizer.range())
+    if not low < 0 < high:
+        return {}
+    ends = [(low * f, high) if side == "low" else (low, high * f) for f in factors]
+    return {
+        f"{name}, {side} end x {factor:g}": TensorQuantizer.from_range(quantizer.spec, *end)
+        for factor, end in zip(factors, ends, strict=True)
+    }
+
+
 class OutputEffect:
     """Measures effects on one float model.
 
@@ -138,7 +184,12 @@ class OutputEffect:
         return any(_producer_of(graph, name) in behind for name in self._outputs)
 
     def choose(
-        self, tensor: str, candidates: Mapping[str, TensorQuantizer], *, reader: tuple[str, int] | None = None
+        self,
+        tensor: str,
+        candidates: Mapping[str, TensorQuantizer],
+        *,
+        reader: tuple[str, int] | None = None,
+        ends: bool = False,
     ) -> Choice:
         """The candidate with the smallest effect.
 
@@ -146,56 +197,66 @@ class OutputEffect:
             tensor: A value of the model.
             candidates: Name -> quantizer, of one format; ties go to the earlier one.
             reader: (node name, input index): quantize for this reader only; for all when None.
+            ends: Whether to go on from the best candidate and move each end of its range alone.
         """
         names = list(candidates)
-        if len(names) == 1 or not self.sees(tensor, reader=reader):
+        if (len(names) == 1 and not ends) or not self.sees(tensor, reader=reader):
             return Choice(candidates[names[0]], names[0], math.inf)
         container = ir.DataType.from_numpy(np.dtype(candidates[names[0]].spec.container))
         suffix, others = self._suffix(tensor, reader, container)
         begin = make_session(self._model, outputs=[tensor, *others], threads=self._threads)
-        effects: dict[str, list[float]] = {name: [] for name in names}
-        alive = names
+        best, error = self._best(tensor, candidates, begin, suffix)
+        quantizer = candidates[best]
+        if ends and not quantizer.spec.symmetric and error > NEGLIGIBLE * self._worst:
+            for side, factors in (("low", LOW_FACTORS), ("high", HIGH_FACTORS)):
+                moved = {best: quantizer, **_moved_ends(best, quantizer, side, factors)}
+                if len(moved) > 1:
+                    best, error = self._best(tensor, moved, begin, suffix)
+                    quantizer = moved[best]
+        self._worst = max(self._worst, error)
+        return Choice(quantizer, best, -20 * math.log10(error))
+
+    def _best(
+        self, tensor: str, candidates: Mapping[str, TensorQuantizer], begin: Session, suffix: Session
+    ) -> tuple[str, float]:
+        """Name and effect of the best candidate."""
+        alive = sorted(candidates, key=lambda name: float(candidates[name].scale), reverse=True)
+        errors: dict[str, list[SampleError]] = {name: [] for name in alive}
         for position, index in enumerate(self._order):
             if position == self._options.screening:
-                mean = {name: float(np.mean(effects[name])) for name in alive}
-                best = sorted(mean, key=mean.__getitem__)[: self._options.finalists]
-                alive = [name for name in names if name in best]
+                effects = {name: combined_error(errors[name]) for name in alive}
                 # A tensor that does a hundred times less harm than another one needs no finer choice.
-                negligible = mean[alive[0]] < 0.1 * self._worst
-                if negligible:
-                    alive = [min(alive, key=mean.__getitem__)]
+                negligible = min(effects.values()) < NEGLIGIBLE * self._worst
+                alive = _finalists(effects, 1 if negligible else self._options.finalists)
                 if len(alive) == 1:
                     break
             feeds = begin.run(self._samples[index])
             for name in alive:
-                effect = self._effect(suffix, feeds, candidates[name], self._reference[index], tensor)
-                effects[name].append(effect)
-        mean = {name: float(np.mean(effects[name])) for name in alive}
-        best_name = min(alive, key=mean.__getitem__)
-        self._worst = max(self._worst, mean[best_name])
-        return Choice(candidates[best_name], best_name, -20 * math.log10(mean[best_name]))
+                errors[name].append(self._error(suffix, feeds, candidates[name], self._reference[index], tensor))
+        best = min(alive, key=lambda name: combined_error(errors[name]))
+        chosen = next(name for name in alive if name == best or _indistinguishable(errors[name], errors[best]))
+        return chosen, combined_error(errors[chosen])
 
-    def _effect(
+    def _error(
         self,
         suffix: Session,
         feeds: dict[str, npt.NDArray[Any]],
         quantizer: TensorQuantizer,
         reference: Mapping[str, npt.NDArray[Any]],
         tensor: str,
-    ) -> float:
+    ) -> SampleError:
         low, high = quantizer.range()
         feeds[_SCALE] = quantizer.scale
         feeds[_ZERO] = quantizer.zero_point.astype(quantizer.spec.container)
         feeds[_LOW], feeds[_HIGH] = np.asarray(low, np.float32), np.asarray(high, np.float32)
         outputs = suffix.run(feeds)
-        total = 0.0
-        for name, value in outputs.items():
-            # Where the tensor is an output itself, the output is what its quantizer makes of it.
-            energy, error = squared_error(value, reference[tensor if name == _RESULT else name])
-            total += error / max(energy, 1e-30)
-        if not math.isfinite(total):
+        # Where the tensor is an output itself, the output is what its quantizer makes of it.
+        error = SampleError.of(
+            (value, reference[tensor if name == _RESULT else name]) for name, value in outputs.items()
+        )
+        if not math.isfinite(error.noise):
             raise CalibrationError("the network's outputs are not finite", where="calibration of ranges")
-        return math.sqrt(max(total, 1e-12))
+        return error
 
     def _suffix(self, tensor: str, reader: tuple[str, int] | None, container: ir.DataType) -> tuple[Session, list[str]]:
         """A session from the tensor to the outputs with a quantizer fed at run time, and the other values it reads."""

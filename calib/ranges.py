@@ -12,7 +12,7 @@ from postquant.calib.collect import collect, subsampling_note
 from postquant.calib.lp_error import LpError
 from postquant.calib.methods import DEFAULT_METHODS
 from postquant.calib.observers import MinMax, RangeMethod, SampleMean, candidate_ranges
-from postquant.calib.output_effect import Choice, EffectOptions, OutputEffect, candidate_quantizers
+from postquant.calib.output_effect import Choice, OutputEffect, candidate_quantizers
 from postquant.calib.source import CalibrationSource
 from postquant.calib.statistics import Bounds, TensorStatistics
 from postquant.passes.plan import QuantPlan
@@ -25,10 +25,6 @@ Progress = Callable[[], None]
 
 # Values of one tensor and sample that enter its histogram: enough for any percentile, and flat in time.
 _HISTOGRAM_ELEMENTS = 1 << 15
-# Multiply-accumulates that measuring effects may cost; MobileNetV2 at 224 x 224 takes a third of it.
-EFFECT_WORK = 3.0e12
-_CANDIDATES = 8
-_MOST_SAMPLES = 192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +148,7 @@ def effect_ranges(
             plan = place.decided(plan, TensorQuantizer.from_range(place.spec, *ranges["mse"]))
         else:
             candidates = candidate_quantizers(place.spec, ranges)
-            choices[place.key] = effect.choose(place.value, candidates, reader=place.reader)
+            choices[place.key] = effect.choose(place.value, candidates, reader=place.reader, ends=True)
             plan = place.decided(plan, choices[place.key].quantizer)
         if progress is not None:
             progress()
@@ -172,7 +168,8 @@ def alternatives(
         statistics: Of every place's value, with histograms.
 
     Returns:
-        Name -> plan: every chosen range as it is; widened; widened to the sample mean's; and the observers' own.
+        Name -> plan: every chosen range as it is; widened; widened to the sample mean's; half way to the Lp error's;
+        and the observers' own.
     """
     result = {"effect": chosen}
     for name, widen in (("effect, wider by 1.2", 1.2), ("effect, wider by 1.5", 1.5)):
@@ -183,18 +180,20 @@ def alternatives(
             low, high = max(low * widen, min(observed.low, low)), min(high * widen, max(observed.high, high))
             wider = place.decided(wider, TensorQuantizer.from_range(place.spec, low, high))
         result[name] = wider
-    union = chosen
+    blends = {"effect and sample mean": chosen, "effect and Lp error, half way": chosen}
     own = dict.fromkeys((SampleMean(), LpError(), MinMax()), plan)
     for place in places_of(model, plan):
         observed = statistics[place.value]
-        mean = SampleMean().range(observed, place.spec)
         low, high = _current(chosen, place)
-        quantizer = TensorQuantizer.from_range(place.spec, min(low, mean[0]), max(high, mean[1]))
-        union = place.decided(union, quantizer)
+        mean, error = (method.range(observed, place.spec) for method in (SampleMean(), LpError()))
+        union = (min(low, mean[0]), max(high, mean[1]))
+        half_way = ((low + error[0]) / 2, (high + error[1]) / 2)
+        for name, ends in zip(blends, (union, half_way), strict=True):
+            blends[name] = place.decided(blends[name], TensorQuantizer.from_range(place.spec, *ends))
         for method, so_far in own.items():
             low_high = method.range(observed, place.spec)
             own[method] = place.decided(so_far, TensorQuantizer.from_range(place.spec, *low_high))
-    return {**result, "effect and sample mean": union, **{method.name: found for method, found in own.items()}}
+    return {**result, **blends, **{method.name: found for method, found in own.items()}}
 
 
 def _current(plan: QuantPlan, place: _Place) -> tuple[float, float]:
@@ -203,24 +202,6 @@ def _current(plan: QuantPlan, place: _Place) -> tuple[float, float]:
     assert isinstance(entry, TensorQuantizer)
     low, high = entry.range()
     return float(low), float(high)
-
-
-def effect_options(work: float, tensors: int, samples: int, *, budget: float = EFFECT_WORK) -> EffectOptions | None:
-    """As many samples as the budget allows, or None where not even the fewest fit.
-
-    Args:
-        work: Multiply-accumulates of one run of the network.
-        tensors: Number of tensors to decide.
-        samples: Number of calibration samples.
-        budget: Multiply-accumulates in all; a candidate costs half a run, on average.
-    """
-    least, default = EffectOptions(samples=8, screening=3), EffectOptions()
-    for count in (_MOST_SAMPLES, 128, 96, 64, 48, 32, 24, default.samples, 12, least.samples):
-        screening = max(least.screening, count // 6)
-        runs = screening * _CANDIDATES + (count - screening) * default.finalists + count
-        if tensors * runs * work / 2 <= budget * (1.0 if count <= default.samples else 0.2):
-            return EffectOptions(samples=min(count, samples), screening=min(screening, samples))
-    return None
 
 
 def effect_db(choices: Mapping[str, Choice]) -> float:

@@ -6,17 +6,15 @@ Techniques that may help or harm (equalization, moved scales, corrected biases) 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from postquant.calib.bias_correction import correct_biases
 from postquant.calib.collect import collect
 from postquant.calib.input_means import input_means
 from postquant.calib.observers import MinMax, RangeMethod, SampleMean
-from postquant.calib.output_error import measured_outputs, squared_error
+from postquant.calib.output_error import SampleError, combined_error, measured_outputs, sqnr_db
 from postquant.calib.prefix import spaced
 from postquant.calib.source import CalibrationSource, SubsetSource
 from postquant.calib.weight_start import start_weights
@@ -38,9 +36,7 @@ class Outcome:
     """Error of a quantized network.
 
     Attributes:
-        error: What decides: the geometric mean of two errors, the mean over samples of the root of the relative
-            squared output error (robust to single samples) and the root of the relative squared error of all samples
-            together (blind to none).
+        error: What decides (:func:`postquant.calib.output_error.combined_error`).
         sqnr_db: SQNR of all samples together, in dB, for the report.
     """
 
@@ -81,20 +77,13 @@ class Trial:
             plan: Decided entries are quantized; the rest is float.
         """
         session = make_session(emit(model, fit_biases(model, plan)), outputs=self._outputs, threads=self._threads)
-        roots, energy, noise = [], 0.0, 0.0
+        samples = []
         for sample, expected in zip(self._source, self._reference, strict=True):
             got = session.run(sample)
-            relative = 0.0
-            for name, value in expected.items():
-                signal, error = squared_error(got[name], value)
-                relative += error / max(signal, 1e-30)
-                energy, noise = energy + signal, noise + error
-            roots.append(math.sqrt(relative))
+            samples.append(SampleError.of((got[name], value) for name, value in expected.items()))
         del session
         give_back_memory()
-        sqnr = 10 * math.log10(max(energy, 1e-30) / max(noise, 1e-30))
-        robust = float(np.mean(roots)) if roots else 0.0
-        return Outcome(math.sqrt(robust * 10 ** (-sqnr / 20)), sqnr)
+        return Outcome(combined_error(samples), sqnr_db(samples))
 
     def quick(self, model: ir.Model, plan: QuantPlan) -> tuple[Outcome, Outcome]:
         """The errors of two quick quantizations: with sample-mean and with min-max ranges.

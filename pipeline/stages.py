@@ -19,15 +19,14 @@ import threadpoolctl
 
 from postquant.calib.bias_correction import correct_biases
 from postquant.calib.easyquant import EasyQuant, sites_of
+from postquant.calib.effect_budget import affordable_effect
 from postquant.calib.equalization import equalizations
 from postquant.calib.input_grid import find_grids
 from postquant.calib.input_means import input_means
-from postquant.calib.output_effect import OutputEffect
 from postquant.calib.prefix import Prefix, spaced
 from postquant.calib.ranges import (
     alternatives,
     collect_statistics,
-    effect_options,
     effect_ranges,
     method_ranges,
     places_of,
@@ -39,7 +38,6 @@ from postquant.calib.trial import Trial, keep_better
 from postquant.calib.weight_search import Objective as SearchObjective
 from postquant.calib.weight_search import SearchOptions
 from postquant.calib.weight_start import start_weights
-from postquant.calib.work import forward_work
 from postquant.passes.align_input import AlignInputPass, with_exact_inputs
 from postquant.passes.biases import fit_biases
 from postquant.passes.emit import INT4_OPSET, emit
@@ -56,6 +54,7 @@ from postquant.pipeline.config import Method, QuantConfig
 from postquant.pipeline.job import Job, Outcome
 from postquant.pipeline.layer_reports import float_reports, layer_reports
 from postquant.pipeline.methods import range_method
+from postquant.pipeline.parts import keep_parts
 from postquant.pipeline.placement import placement_settings
 from postquant.pipeline.prepare import Prepared, prepare
 from postquant.pipeline.stage_log import StageLog
@@ -219,10 +218,9 @@ def _decide_ranges(job: Job, model: ir.Model, plan: QuantPlan, log: StageLog, th
         statistics = collect_statistics(
             model, places, source, histogram=True, threads=threads, progress=job.progress.advance
         )
-        options = effect_options(forward_work(model, source, threads=threads), len(places), len(source))
-        effect = None if options is None else OutputEffect(model, source, options, threads=threads)
-        if effect is None:
-            log.note("ranges were chosen by tensor error: measuring effects on the outputs would cost too much")
+        effect, note = affordable_effect(model, source, len(places), threads=threads)
+        if note is not None:
+            log.note(note)
         job.progress.stage("choose ranges", len(places))
         decided = effect_ranges(model, plan, source, statistics, effect, progress=job.progress.advance)
         name, kept = _generalizing(model, source, alternatives(model, plan, decided.plan, statistics), threads)
@@ -293,19 +291,9 @@ def _search_scales(
         searched = result.plan
     else:
         searched = plan
-    if correcting:
-        if means is None:
-            means = input_means(model, plan, source, threads=threads)
-        candidates = [plan, searched, correct_biases(model, plan, means), correct_biases(model, searched, means)]
-    else:
-        candidates = [plan, searched]
-    outcomes = [start, *(trial.measure(model, candidate) for candidate in candidates[1:])]
-    best = keep_better(outcomes)
-    if searching:
-        log.add("scale search", "weights and activations", kept=best in (1, 3), sqnr_db=outcomes[1].sqnr_db)
-    if correcting:
-        log.add("bias correction", "mean error of the weights", kept=best in (2, 3), sqnr_db=outcomes[-1].sqnr_db)
-    plan = candidates[best]
+    if correcting and means is None:
+        means = input_means(model, plan, source, threads=threads)
+    plan = keep_parts(model, plan, searched, trial, start, means if correcting else None, log)
     job.checkpoint.save("search", plan=plan, data=log.since_resume())
     return plan
 
@@ -346,14 +334,10 @@ def _judge(
     model: ir.Model, plan: QuantPlan, source: CalibrationSource, threads: int
 ) -> Callable[[str, tuple[str, int] | None, Mapping[str, TensorQuantizer]], TensorQuantizer] | None:
     """Refuses scales that are better for the next layer but worse for the network; None where asking costs too much."""
-    work = forward_work(model, source, threads=threads)
-    options = effect_options(work, len(plan.activations), len(source))
-    if options is None:
-        return None
     # Two candidates only: nothing to screen.
-    effect = OutputEffect(
-        model, source, dataclasses.replace(options, samples=_JUDGE_SAMPLES, screening=_JUDGE_SAMPLES), threads=threads
-    )
+    effect, _ = affordable_effect(model, source, len(plan.activations), samples=_JUDGE_SAMPLES, threads=threads)
+    if effect is None:
+        return None
     return lambda tensor, reader, quantizers: effect.choose(tensor, quantizers, reader=reader).quantizer
 
 

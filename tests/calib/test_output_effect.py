@@ -17,13 +17,11 @@ from postquant.calib.ranges import (
     alternatives,
     collect_statistics,
     effect_db,
-    effect_options,
     effect_ranges,
     method_ranges,
     places_of,
 )
 from postquant.calib.source import CalibrationSource
-from postquant.calib.work import forward_work
 from postquant.passes.emit import emit
 from postquant.passes.place import PlacementSettings, place
 from postquant.passes.plan import QuantPlan
@@ -75,15 +73,23 @@ def test_the_choice_is_the_best_of_networks_that_are_built(
     effect = OutputEffect(model, source, EffectOptions(samples=SAMPLES, screening=SAMPLES))
     choice = effect.choose(tensor, tops)
     reference = make_session(model, outputs=["y"])
-    errors = {}
+    errors, shares = {}, {}
     for name, quantizer in tops.items():
         if tensor == "y":
             runs = [(reference.run(sample)["y"], quantizer.simulate(reference.run(sample)["y"])) for sample in source]
         else:
             built = make_session(emit(model, QuantPlan("", activations={tensor: quantizer})), outputs=["y"])
             runs = [(reference.run(sample)["y"], built.run(sample)["y"]) for sample in source]
-        errors[name] = np.mean([np.linalg.norm(got - wanted) / np.linalg.norm(wanted) for wanted, got in runs])
-    assert choice.candidate == min(errors, key=errors.__getitem__)
+        mean = np.mean([np.linalg.norm(got - wanted) / np.linalg.norm(wanted) for wanted, got in runs])
+        together = np.sqrt(
+            sum(np.sum((got - wanted) ** 2.0) for wanted, got in runs) / sum(np.sum(wanted**2.0) for wanted, _ in runs)
+        )
+        errors[name] = np.sqrt(mean * together)
+        shares[name] = np.array([np.sum((got - wanted) ** 2.0) / np.sum(wanted**2.0) for wanted, got in runs])
+    best = min(errors, key=errors.__getitem__)
+    differences = {name: share - shares[best] for name, share in shares.items()}
+    as_good = {name for name, d in differences.items() if d.mean() <= d.std(ddof=1) / np.sqrt(len(d))}
+    assert choice.candidate == max(as_good | {best}, key=float), "the widest that is not worse beyond doubt"
     assert choice.quantizer is tops[choice.candidate]
     assert choice.effect_db == pytest.approx(-20 * math.log10(errors[choice.candidate]), abs=0.01)
 
@@ -112,6 +118,29 @@ def test_a_tensor_that_no_float_output_sees(model: ir.Model, source: Calibration
     assert not effect.sees("x", reader=("c2", 0))
     choice = effect.choose("d", candidates)
     assert choice.candidate == "a"  # a tie goes to the first
+
+
+def test_an_end_that_a_relu_cuts_off_gets_no_codes() -> None:
+    """A branch of a residual sum: whatever lies far below zero vanishes in the Relu behind the sum."""
+    proto = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+    m (float[N,4] x) => (float[N,4] y) {
+        half = Constant <value = float {0.5}> ()
+        [rest] r = Relu (x)
+        [branch] b = Mul (x, half)
+        [sum] s = Add (b, r)
+        [last] y = Relu (s)
+    }""")
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    x = np.random.default_rng(2).uniform(-8, 2, (SAMPLES, 4)).astype(np.float32)
+    effect = OutputEffect(model, open_source(x, input_specs(model)), EffectOptions(samples=SAMPLES, screening=SAMPLES))
+    observed = {f"{f}": TensorQuantizer.from_range(SIGNED, -4.0 * f, 1.0 * f) for f in (1.0, 0.8)}
+    kept = effect.choose("b", observed)
+    moved = effect.choose("b", observed, ends=True)
+    low, high = (float(end) for end in moved.quantizer.range())
+    assert low > -2.5, "codes are not spent on what the Relu makes zero"
+    assert high > 0.7, "the other end is needed"
+    assert moved.effect_db > kept.effect_db + 3
+    assert "low end" in moved.candidate
 
 
 def test_candidates_differ_and_hold_the_observers() -> None:
@@ -150,18 +179,3 @@ def test_ranges_and_their_alternatives(model: ir.Model, source: CalibrationSourc
         assert isinstance(entry, TensorQuantizer)
         assert isinstance(wider, TensorQuantizer)
         assert float(wider.scale) >= float(entry.scale) * 0.999
-
-
-def test_a_budget_decides_how_much_is_tried(model: ir.Model, source: CalibrationSource) -> None:
-    # Three convolutions of 3 channels, 27 taps each, at 36 positions.
-    assert forward_work(model, source) == 3 * 3 * 27 * 36
-    plenty = effect_options(1.0, 10, 1000)
-    assert plenty is not None
-    few = effect_options(1e9, 50, 1000)
-    assert few is not None
-    assert few.samples < plenty.samples
-    assert effect_options(1e12, 100, 1000) is None
-    tiny = effect_options(1.0, 10, 4)
-    assert tiny is not None
-    assert tiny.samples == 4
-    assert tiny.screening <= 4

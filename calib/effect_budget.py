@@ -1,0 +1,74 @@
+"""How many samples, and how large ones, the measuring of effects on the outputs may cost: :func:`affordable_effect`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+
+from postquant.calib.cropped_source import cropped
+from postquant.calib.output_effect import EffectOptions, OutputEffect
+from postquant.calib.source import CalibrationSource
+from postquant.calib.work import forward_work
+from postquant.runtime_ops.errors import ModelError
+
+# Multiply-accumulates that measuring effects may cost; MobileNetV2 at 224 x 224 takes a third of it.
+EFFECT_WORK = 3.0e12
+_CANDIDATES = 8
+_MOST_SAMPLES = 192
+_SIDES = (128, 96, 64, 48, 32)
+
+
+def effect_options(work: float, tensors: int, samples: int, *, budget: float = EFFECT_WORK) -> EffectOptions | None:
+    """As many samples as the budget allows, or None where not even the fewest fit.
+
+    Args:
+        work: Multiply-accumulates of one run of the network.
+        tensors: Number of tensors to decide.
+        samples: Number of calibration samples.
+        budget: Multiply-accumulates in all; a candidate costs half a run, on average.
+    """
+    least, default = EffectOptions(samples=8, screening=3), EffectOptions()
+    for count in (_MOST_SAMPLES, 128, 96, 64, 48, 32, 24, default.samples, 12, least.samples):
+        screening = max(least.screening, count // 6)
+        runs = screening * _CANDIDATES + (count - screening) * default.finalists + count
+        if tensors * runs * work / 2 <= budget * (1.0 if count <= default.samples else 0.2):
+            return EffectOptions(samples=min(count, samples), screening=min(screening, samples))
+    return None
+
+
+def affordable_effect(
+    model: ir.Model, source: CalibrationSource, tensors: int, *, samples: int | None = None, threads: int = 1
+) -> tuple[OutputEffect | None, str | None]:
+    """Measures effects on as much data as the budget allows.
+
+    Where whole images cost too much and the model takes any size, windows of them are used.
+
+    Args:
+        model: The simplified float model.
+        source: Calibration data.
+        tensors: Number of tensors to decide.
+        samples: How many samples see every candidate; as many as the budget allows when None.
+        threads: Threads of onnxruntime.
+
+    Returns:
+        What measures, or None where even the least costs too much; and a note for the report, or None.
+    """
+    work = forward_work(model, source, threads=threads)
+    options, seen, note = effect_options(work, tensors, len(source)), source, None
+    for side in _SIDES if options is None else ():
+        windows = cropped(source, side)
+        if windows is None:
+            break
+        try:
+            options = effect_options(forward_work(model, windows, threads=threads), tensors, len(source))
+        except ModelError:  # smaller than the model can take, though its input's shape does not say so
+            break
+        if options is not None:
+            seen, note = windows, f"effects on the outputs were measured on windows of {side} x {side} pixels"
+            break
+    if options is None:
+        return None, "ranges were chosen by tensor error: measuring effects on the outputs would cost too much"
+    if samples is not None:
+        options = dataclasses.replace(options, samples=samples, screening=samples)
+    return OutputEffect(model, seen, options, threads=threads), note

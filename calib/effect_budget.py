@@ -49,19 +49,19 @@ def affordable_effect(
         source: Calibration data.
         tensors: Number of tensors to decide.
         samples: How many samples see every candidate; as many as the budget allows when None.
-        threads: Threads of onnxruntime.
+        threads: How many samples are run at the same time; never changes the result.
 
     Returns:
         What measures, or None where even the least costs too much; and a note for the report, or None.
     """
-    work = forward_work(model, source, threads=threads)
+    work = forward_work(model, source)
     options, seen, note = effect_options(work, tensors, len(source)), source, None
     for side in _SIDES if options is None else ():
         windows = cropped(source, side)
         if windows is None:
             break
         try:
-            options = effect_options(forward_work(model, windows, threads=threads), tensors, len(source))
+            options = effect_options(forward_work(model, windows), tensors, len(source))
         except ModelError:  # smaller than the model can take, though its input's shape does not say so
             break
         if options is not None:

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from postquant.calib.in_order import in_order
 from postquant.calib.observers import Range
 from postquant.calib.output_error import SampleError, combined_error, float_outputs
 from postquant.calib.prefix import spaced
@@ -155,7 +156,7 @@ class OutputEffect:
         model: The simplified float model.
         source: Calibration data.
         options: How much is tried.
-        threads: Threads of onnxruntime.
+        threads: How many samples are run at the same time; never changes the result.
     """
 
     def __init__(self, model: ir.Model, source: CalibrationSource, options: EffectOptions, *, threads: int = 1) -> None:
@@ -170,8 +171,8 @@ class OutputEffect:
         self._worst = 0.0
         self._reference: list[dict[str, npt.NDArray[Any]]] = []
         if self._outputs:
-            session = make_session(model, outputs=self._outputs, threads=threads)
-            self._reference = [session.run(sample) for sample in self._samples]
+            session = make_session(model, outputs=self._outputs)
+            self._reference = list(in_order(session.run, self._samples, threads))
 
     def sees(self, tensor: str, *, reader: tuple[str, int] | None = None) -> bool:
         """Whether a float output of the network depends on a tensor (on what one reader makes of it)."""
@@ -204,7 +205,7 @@ class OutputEffect:
             return Choice(candidates[names[0]], names[0], math.inf)
         container = ir.DataType.from_numpy(np.dtype(candidates[names[0]].spec.container))
         suffix, others = self._suffix(tensor, reader, container)
-        begin = make_session(self._model, outputs=[tensor, *others], threads=self._threads)
+        begin = make_session(self._model, outputs=[tensor, *others])
         best, error = self._best(tensor, candidates, begin, suffix)
         quantizer = candidates[best]
         if ends and not quantizer.spec.symmetric and error > NEGLIGIBLE * self._worst:
@@ -222,17 +223,23 @@ class OutputEffect:
         """Name and effect of the best candidate."""
         alive = sorted(candidates, key=lambda name: float(candidates[name].scale), reverse=True)
         errors: dict[str, list[SampleError]] = {name: [] for name in alive}
-        for position, index in enumerate(self._order):
-            if position == self._options.screening:
-                effects = {name: combined_error(errors[name]) for name in alive}
-                # A tensor that does a hundred times less harm than another one needs no finer choice.
-                negligible = min(effects.values()) < NEGLIGIBLE * self._worst
-                alive = _finalists(effects, 1 if negligible else self._options.finalists)
-                if len(alive) == 1:
-                    break
-            feeds = begin.run(self._samples[index])
-            for name in alive:
-                errors[name].append(self._error(suffix, feeds, candidates[name], self._reference[index], tensor))
+
+        def measure(indices: Sequence[int]) -> None:
+            def sample_errors(index: int) -> list[SampleError]:
+                feeds = begin.run(self._samples[index])
+                return [self._error(suffix, feeds, candidates[n], self._reference[index], tensor) for n in alive]
+
+            for found in in_order(sample_errors, indices, self._threads):
+                for name, error in zip(alive, found, strict=True):
+                    errors[name].append(error)
+
+        measure(self._order[: self._options.screening])
+        effects = {name: combined_error(errors[name]) for name in alive}
+        # A tensor that does a hundred times less harm than another one needs no finer choice.
+        negligible = min(effects.values()) < NEGLIGIBLE * self._worst
+        alive = _finalists(effects, 1 if negligible else self._options.finalists)
+        if len(alive) > 1:
+            measure(self._order[self._options.screening :])
         best = min(alive, key=lambda name: combined_error(errors[name]))
         chosen = next(name for name in alive if name == best or _indistinguishable(errors[name], errors[best]))
         return chosen, combined_error(errors[chosen])
@@ -313,7 +320,6 @@ class OutputEffect:
             copy,
             inputs=[tensor, *others, _SCALE, _ZERO, _LOW, _HIGH],
             outputs=reachable,
-            threads=self._threads,
         )
         return session, others
 

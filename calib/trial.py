@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from postquant.calib.bias_correction import correct_biases
 from postquant.calib.collect import collect
+from postquant.calib.in_order import in_order
 from postquant.calib.input_means import input_means
 from postquant.calib.observers import MinMax, RangeMethod, SampleMean
 from postquant.calib.output_error import SampleError, combined_error, measured_outputs, sqnr_db
@@ -51,21 +52,21 @@ class Trial:
         model: The float model whose outputs are the reference.
         source: Calibration data.
         samples: How many samples, evenly spaced; as many as :data:`TRIAL_WORK` allows when None.
-        threads: Threads of onnxruntime.
+        threads: How many samples are run at the same time; never changes the result.
     """
 
     def __init__(
         self, model: ir.Model, source: CalibrationSource, *, samples: int | None = None, threads: int = 1
     ) -> None:
         if samples is None:
-            work = forward_work(model, source, threads=threads)
+            work = forward_work(model, source)
             samples = int(min(max(TRIAL_WORK / max(work, 1.0), LEAST_SAMPLES), MOST_SAMPLES))
         # Ranges are chosen on other samples (:mod:`postquant.calib.output_effect`): this shows what generalizes.
         self._source = SubsetSource(source, spaced(len(source), samples, between=True))
         self._threads = threads
         self._outputs = measured_outputs(model)
-        session = make_session(model, outputs=self._outputs, threads=threads)
-        self._reference = [session.run(sample) for sample in self._source]
+        session = make_session(model, outputs=self._outputs)
+        self._reference = list(in_order(session.run, self._source, threads))
         del session
         give_back_memory()
 
@@ -76,10 +77,9 @@ class Trial:
             model: The float model that the plan is about (equalized or not).
             plan: Decided entries are quantized; the rest is float.
         """
-        session = make_session(emit(model, fit_biases(model, plan)), outputs=self._outputs, threads=self._threads)
+        session = make_session(emit(model, fit_biases(model, plan)), outputs=self._outputs)
         samples = []
-        for sample, expected in zip(self._source, self._reference, strict=True):
-            got = session.run(sample)
+        for got, expected in zip(in_order(session.run, self._source, self._threads), self._reference, strict=True):
             samples.append(SampleError.of((got[name], value) for name, value in expected.items()))
         del session
         give_back_memory()
@@ -98,10 +98,10 @@ class Trial:
         readers = {key: _input_of(model, key) for key in plan.requants}
         wanted = list(dict.fromkeys((*plan.activations, *readers.values())))
         # The session goes before the next one comes: each holds the activations of a whole network.
-        session = make_session(model, outputs=wanted, threads=self._threads)
+        session = make_session(model, outputs=wanted)
         statistics = collect(session.run, self._source, wanted, histogram=False)
         del session
-        means = input_means(model, plan, self._source, threads=self._threads)
+        means = input_means(model, plan, self._source)
         plan = correct_biases(model, start_weights(model, plan), means)
 
         def with_ranges(method: RangeMethod) -> QuantPlan:

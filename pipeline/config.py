@@ -131,7 +131,12 @@ class QuantConfig:
     method: Method = choice(Method, "how scales are chosen", default=Method.EASYQUANT)
     target: str = text("a built-in target or the path of a target file", default="onnxruntime")
     seed: int = integer("seed of every random choice", default=0, low=0, high=2**32 - 1)
-    threads: int = integer("threads, 0 for all; never changes the result", default=0, low=0, high=1024)
+    threads: int = integer(
+        "samples that are run at the same time, 0 for one per core and at most 8; never changes the result",
+        default=0,
+        low=0,
+        high=1024,
+    )
     samples: int | None = integer("use at most this many calibration samples", low=1, none="all")
     first_last_bits: int | None = integer(
         "bits of the first and the last layers where wbits or abits is lower", default=8, low=2, high=8, none="same"

@@ -10,6 +10,7 @@ against the float model, falls. Finished stages are saved, so that an interrupte
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -66,6 +67,8 @@ from postquant.runtime_ops.quantizer import TensorQuantizer
 _PREPARE_SAMPLES = 4
 # Samples on which a moved activation scale proves itself.
 _JUDGE_SAMPLES = 8
+# Threads unless asked for more: each holds a sample's activations.
+_MOST_THREADS = 8
 # A model whose weights are larger is simplified again when a run is resumed, instead of being stored twice.
 _LARGEST_SAVED_MODEL = 256 << 20
 
@@ -82,12 +85,13 @@ def run_pipeline(job: Job) -> Outcome:
     Raises:
         PostquantError: If the model or the data do not allow it; nothing has been written then but saved stages.
     """
-    # BLAS and onnxruntime split sums by their number of threads and then round differently (docs/design-notes.md).
+    # BLAS and onnxruntime split sums by their number of threads and then round differently: threads are over samples
+    # (docs/design-notes.md).
     with threadpoolctl.threadpool_limits(1, user_api="blas"), tempfile.TemporaryDirectory(prefix="postquant.") as temp:
         folder = pathlib.Path(temp)
-        threads = 1
+        threads = job.config.threads or min(os.cpu_count() or 1, _MOST_THREADS)
         log = StageLog(job.progress)
-        prepared = _simplify(job, log, folder, threads)
+        prepared = _simplify(job, log, folder)
         reference = prepared.model
         model, plan = _change_graph(job, reference, log, folder, threads)
         fixed = _decided(plan)
@@ -96,10 +100,10 @@ def run_pipeline(job: Job) -> Outcome:
         job.progress.stage("emit")
         plan = fit_biases(model, plan)
         emitted = emit(model, plan, weight_storage=_weight_storage(job))
-        return _verify(job, prepared, model, plan, emitted, log, threads)
+        return _verify(job, prepared, model, plan, emitted, log)
 
 
-def _simplify(job: Job, log: StageLog, folder: pathlib.Path, threads: int) -> Prepared:
+def _simplify(job: Job, log: StageLog, folder: pathlib.Path) -> Prepared:
     """Opset, onnxsim, folds, normal form; equal to the original on samples."""
     job.progress.stage("simplify")
     prepared = prepare(
@@ -109,7 +113,6 @@ def _simplify(job: Job, log: StageLog, folder: pathlib.Path, threads: int) -> Pr
         simplify=job.config.simplify,
         custom_ops=job.config.custom_ops,
         folder=folder,
-        threads=threads,
     )
     _check_storage(job, prepared.model)
     log.add("simplify", f"largest difference of an output from the original: {prepared.max_abs_error:.3g}")
@@ -156,7 +159,7 @@ def _change_graph(
         groups = smooth_groups(model)
         if groups:
             job.progress.stage("smooth")
-            choices = measure_smoothing(model, source, groups, abits=config.abits, wbits=config.wbits, threads=threads)
+            choices = measure_smoothing(model, source, groups, abits=config.abits, wbits=config.wbits)
             factors = kept_factors(choices)
             SmoothPass(factors)(model)
             settle_lazy_tensors(model, folder)
@@ -181,7 +184,7 @@ def _equalize(job: Job, reference: ir.Model, model: ir.Model, plan: QuantPlan, l
     if not (free or cross):
         return model
     job.progress.stage("equalize")
-    found = equalizations(model, plan, job.source, threads=threads)
+    found = equalizations(model, plan, job.source)
     if not found:
         return model
     trial = Trial(reference, job.source, threads=threads)
@@ -212,12 +215,10 @@ def _decide_ranges(job: Job, model: ir.Model, plan: QuantPlan, log: StageLog, th
     method = range_method(config)
     job.progress.stage("calibrate", len(source))
     if method is not None:
-        decided = method_ranges(model, plan, source, method, threads=threads, progress=job.progress.advance)
+        decided = method_ranges(model, plan, source, method, progress=job.progress.advance)
     else:
         places = places_of(model, plan)
-        statistics = collect_statistics(
-            model, places, source, histogram=True, threads=threads, progress=job.progress.advance
-        )
+        statistics = collect_statistics(model, places, source, histogram=True, progress=job.progress.advance)
         effect, note = affordable_effect(model, source, len(places), threads=threads)
         if note is not None:
             log.note(note)
@@ -241,7 +242,7 @@ def _generalizing(
     """The plan with the smallest output error on samples that the choice of ranges has not seen."""
     trial = Trial(model, source, threads=threads)
     first = start_weights(model, next(iter(plans.values())))
-    means = input_means(model, first, source, samples=16, threads=threads)
+    means = input_means(model, first, source, samples=16)
     corrected = correct_biases(model, first, means)
     outcomes = []
     for plan in plans.values():
@@ -278,7 +279,7 @@ def _search_scales(
         job.progress.stage("scale search", len(sites_of(model, plan)))
         search = EasyQuant(
             model,
-            Prefix(model, source, folder, threads=threads),
+            Prefix(model, source, folder),
             _search_options(config),
             WorkLimits(search_rows=config.max_positions, search_work=config.search_work, seed=config.seed),
             fixed=fixed,
@@ -292,19 +293,19 @@ def _search_scales(
     else:
         searched = plan
     if correcting and means is None:
-        means = input_means(model, plan, source, threads=threads)
+        means = input_means(model, plan, source)
     plan = keep_parts(model, plan, searched, trial, start, means if correcting else None, log)
     job.checkpoint.save("search", plan=plan, data=log.since_resume())
     return plan
 
 
 def _verify(
-    job: Job, prepared: Prepared, model: ir.Model, plan: QuantPlan, emitted: ir.Model, log: StageLog, threads: int
+    job: Job, prepared: Prepared, model: ir.Model, plan: QuantPlan, emitted: ir.Model, log: StageLog
 ) -> Outcome:
     """Compares the emitted model on onnxruntime with the plan and with the float model."""
     job.progress.stage("verify")
     samples = SubsetSource(job.source, spaced(len(job.source), job.config.verify_samples))
-    verification = verify_model(model, emitted, plan, samples, threads=threads, strict=False, reference=prepared.model)
+    verification = verify_model(model, emitted, plan, samples, strict=False, reference=prepared.model)
     for output in verification.outputs[:1]:
         log.add("verify", "onnxruntime against the plan", sqnr_db=output.sqnr_db)
     report = dataclasses.replace(

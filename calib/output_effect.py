@@ -13,8 +13,8 @@ choice on few samples may not have seen, and what one layer clips the next ones 
 where its disadvantage is within one standard error of the paired differences.
 
 Candidates come from the observers (min-max, sample mean, percentile, Lp, entropy), widths between them, and narrower
-ones. A part of the samples sees all of them; the rest decides among the best few. Then each end of a range with two
-signs is moved alone: what a Relu behind a residual sum cuts off needs no codes, which no observer of the tensor sees.
+ones. A part of the samples sees all of them; the rest decides among the best few. Then one end of a range with two
+signs is moved inwards: what a Relu behind a residual sum cuts off needs no codes, which no observer of the tensor sees.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ _RESULT = "postquant_effect_value_2"
 # Effects below this part of the largest one need no finer choice.
 NEGLIGIBLE = 0.1
 # What an end of a range is multiplied by.
-LOW_FACTORS = (0.3, 0.45, 0.6, 0.75, 0.9, 1.15)
-HIGH_FACTORS = (0.6, 0.75, 0.9, 1.15)
+LOW_FACTORS = (0.35, 0.5, 0.7, 0.85)
+HIGH_FACTORS = (0.7, 0.85)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,18 +135,14 @@ def _indistinguishable(wider: Sequence[SampleError], best: Sequence[SampleError]
     return float(differences.mean()) <= float(differences.std(ddof=1)) / math.sqrt(len(best))
 
 
-def _moved_ends(
-    name: str, quantizer: TensorQuantizer, side: str, factors: Sequence[float]
-) -> dict[str, TensorQuantizer]:
-    """Quantizers whose range has one end moved; none where the range has one sign only."""
+def _moved_ends(name: str, quantizer: TensorQuantizer) -> dict[str, TensorQuantizer]:
+    """Quantizers whose range has one end moved inwards; none where the range has one sign only or is symmetric."""
     low, high = (float(end) for end in quantizer.range())
-    if not low < 0 < high:
+    if quantizer.spec.symmetric or not low < 0 < high:
         return {}
-    ends = [(low * f, high) if side == "low" else (low, high * f) for f in factors]
-    return {
-        f"{name}, {side} end x {factor:g}": TensorQuantizer.from_range(quantizer.spec, *end)
-        for factor, end in zip(factors, ends, strict=True)
-    }
+    ends = {f"low end x {f:g}": (low * f, high) for f in LOW_FACTORS}
+    ends |= {f"high end x {f:g}": (low, high * f) for f in HIGH_FACTORS}
+    return {f"{name}, {how}": TensorQuantizer.from_range(quantizer.spec, *range_) for how, range_ in ends.items()}
 
 
 class OutputEffect:
@@ -198,7 +194,7 @@ class OutputEffect:
             tensor: A value of the model.
             candidates: Name -> quantizer, of one format; ties go to the earlier one.
             reader: (node name, input index): quantize for this reader only; for all when None.
-            ends: Whether to go on from the best candidate and move each end of its range alone.
+            ends: Whether to go on from the best candidate and move one end of its range inwards.
         """
         names = list(candidates)
         if (len(names) == 1 and not ends) or not self.sees(tensor, reader=reader):
@@ -208,12 +204,11 @@ class OutputEffect:
         begin = make_session(self._model, outputs=[tensor, *others])
         best, error = self._best(tensor, candidates, begin, suffix)
         quantizer = candidates[best]
-        if ends and not quantizer.spec.symmetric and error > NEGLIGIBLE * self._worst:
-            for side, factors in (("low", LOW_FACTORS), ("high", HIGH_FACTORS)):
-                moved = {best: quantizer, **_moved_ends(best, quantizer, side, factors)}
-                if len(moved) > 1:
-                    best, error = self._best(tensor, moved, begin, suffix)
-                    quantizer = moved[best]
+        if ends and error > NEGLIGIBLE * self._worst:
+            moved = {best: quantizer, **_moved_ends(best, quantizer)}
+            if len(moved) > 1:
+                best, error = self._best(tensor, moved, begin, suffix)
+                quantizer = moved[best]
         self._worst = max(self._worst, error)
         return Choice(quantizer, best, -20 * math.log10(error))
 

@@ -210,7 +210,8 @@ def _frontier(model: ir.Model, tensors: Sequence[str], start: Sequence[str] | No
     for value in (*begin, *(v for node in model.graph if node in done for v in node.outputs)):
         if value in begin and value.producer() in done:
             continue
-        later = any(use.node not in done for use in value.uses()) or value.is_graph_output()
+        # What lies in front of the last cut has run as well: a residual stream must not collect all of its sums.
+        later = any(use.node not in done and use.node not in old for use in value.uses()) or value.is_graph_output()
         if not later:
             continue
         producer = value.producer()

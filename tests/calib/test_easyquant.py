@@ -119,6 +119,37 @@ def test_a_prefix_that_starts_at_a_cut_gives_what_the_whole_network_gives(
     assert len(cuts) >= 4, "later tensors start from cuts"
 
 
+def test_a_long_residual_stream_does_not_collect_in_the_cuts(tmp_path: pathlib.Path) -> None:
+    """A sum is read once more by the block that follows it, and by nobody after the next sum."""
+    blocks = 12
+    nodes = "".join(
+        f"[r{i}] t{i} = Relu (s{i}) [c{i}] a{i} = Conv (t{i}, w{i}) [d{i}] s{i + 1} = Add (s{i}, a{i}) "
+        for i in range(blocks)
+    )
+    proto = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["" : 17]> m (float[N,4,8,8] s0) => (float[N,4,8,8] s{blocks}) {{ {nodes} }}'
+    )
+    rng = np.random.default_rng(0)
+    for i in range(blocks):
+        weight = rng.standard_normal((4, 4, 1, 1)).astype(np.float32) / 4
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, f"w{i}"))
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    source = open_source(rng.standard_normal((SAMPLES, 4, 8, 8)).astype(np.float32), input_specs(model))
+    prefix = Prefix(model, source, tmp_path)
+    plan, value = QuantPlan(target="onnxruntime"), 4 * 8 * 8 * 4
+    cuts = 0
+    for i in range(1, blocks):
+        # Nothing is quantized: what reaches a block is what the float network computes.
+        whole = make_session(model, outputs=[f"t{i}"])
+        for index, (_, quantized) in enumerate(prefix.stream(plan, [f"t{i}"], decided=[f"s{i - 1}", f"t{i - 1}"])):
+            (sample,) = source.read([index])
+            np.testing.assert_allclose(quantized[f"t{i}"], whole.run(sample)[f"t{i}"], atol=1e-5)
+        sizes = [path.stat().st_size for path in tmp_path.iterdir()]
+        cuts += bool(sizes)
+        assert all(size < SAMPLES * 3 * value for size in sizes)
+    assert cuts > blocks / 2
+
+
 def test_an_abandoned_stream_leaves_the_prefix_as_it_was(
     model: ir.Model, source: CalibrationSource, plan: QuantPlan, tmp_path: pathlib.Path
 ) -> None:

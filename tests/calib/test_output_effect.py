@@ -123,7 +123,7 @@ def test_a_tensor_that_no_float_output_sees(model: ir.Model, source: Calibration
 def test_an_end_that_a_relu_cuts_off_gets_no_codes() -> None:
     """A branch of a residual sum: whatever lies far below zero vanishes in the Relu behind the sum."""
     proto = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
-    m (float[N,4] x) => (float[N,4] y) {
+    m (float[N,16] x) => (float[N,16] y) {
         half = Constant <value = float {0.5}> ()
         [rest] r = Relu (x)
         [branch] b = Mul (x, half)
@@ -131,15 +131,15 @@ def test_an_end_that_a_relu_cuts_off_gets_no_codes() -> None:
         [last] y = Relu (s)
     }""")
     model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
-    x = np.random.default_rng(2).uniform(-8, 2, (SAMPLES, 4)).astype(np.float32)
-    effect = OutputEffect(model, open_source(x, input_specs(model)), EffectOptions(samples=SAMPLES, screening=SAMPLES))
+    x = np.random.default_rng(2).uniform(-8, 2, (60, 16)).astype(np.float32)
+    effect = OutputEffect(model, open_source(x, input_specs(model)), EffectOptions(samples=60, screening=60))
     observed = {f"{f}": TensorQuantizer.from_range(SIGNED, -4.0 * f, 1.0 * f) for f in (1.0, 0.8)}
     kept = effect.choose("b", observed)
     moved = effect.choose("b", observed, ends=True)
     low, high = (float(end) for end in moved.quantizer.range())
     assert low > -2.5, "codes are not spent on what the Relu makes zero"
     assert high > 0.7, "the other end is needed"
-    assert moved.effect_db > kept.effect_db + 3
+    assert moved.effect_db > kept.effect_db + 2
     assert "low end" in moved.candidate
 
 

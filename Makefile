@@ -1,19 +1,24 @@
 # make demo    quantizes the embedded model and writes a report to demo-out/
 # make test    linter, type checker and tests, as continuous integration runs them
 #
-# Both make a virtual environment in .venv, build the native library and install postquant there (editable); a second
+# make fuzz               random nodes through the operators, under sanitizers, for FUZZ_SECONDS
+# make test-ort-versions  the operator library on old onnxruntimes, each in an environment in build/ort-versions
+#
+# All make a virtual environment in .venv, build the native library and install postquant there (editable); a second
 # run does that again only after a change of pyproject.toml, constraints-dev.txt or the C++ sources.
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUT ?= demo-out
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_SECONDS ?= 600
+ORT_VERSIONS ?= 1.16.3 1.17.3 1.20.1 1.23.2 1.26.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL_INPUTS := pyproject.toml constraints-dev.txt runtime_ops/CMakeLists.txt $(wildcard runtime_ops/csrc/*)
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench fuzz test-ort-versions clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -32,6 +37,30 @@ types: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python bench/accuracy.py --json bench-out/accuracy.json --markdown $(BENCH_ARGS)
 	$(BIN)/python bench/calibration.py --json bench-out/calibration.json --markdown $(BENCH_ARGS)
+
+# With clang on the machine: make fuzz CXX=clang++ FUZZ_BUILD=build/fuzz FUZZ_CMAKE=-DPOSTQUANT_LIBFUZZER=ON \
+#   FUZZ_RUN=-max_total_time=600
+FUZZ_BUILD ?= build/sanitize
+FUZZ_CMAKE ?=
+FUZZ_RUN ?= $$(date +%s) $(FUZZ_SECONDS) 1000000000
+fuzz: $(VENV)/.build-tools
+	$(BIN)/cmake -S runtime_ops -B $(FUZZ_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DPOSTQUANT_SANITIZE=ON -DPOSTQUANT_TEST_DRIVER=$(CURDIR)/tests/runtime_ops/native/fuzz_operators.cc $(FUZZ_CMAKE)
+	$(BIN)/cmake --build $(FUZZ_BUILD) --target postquant_operator_test
+	$(FUZZ_BUILD)/postquant_operator_test $(FUZZ_RUN)
+
+# An environment that cannot be made (no wheel for this Python) is reported and left out.
+ORT_ENVIRONMENTS := build/ort-versions
+test-ort-versions: $(VENV)/.installed-dev
+	@for version in $(ORT_VERSIONS); do \
+	  environment=$(ORT_ENVIRONMENTS)/$$version; \
+	  case $$version in 1.1[0-8].*) numpy='numpy<2' ;; *) numpy=numpy ;; esac; \
+	  $$environment/bin/python -c 'import onnxruntime' 2>/dev/null || \
+	  { $(BIN)/python -m venv --clear $$environment && \
+	    $$environment/bin/python -m pip --disable-pip-version-check install --quiet "onnxruntime==$$version" "$$numpy"; } || \
+	  { rm -rf $$environment; echo "onnxruntime $$version cannot be installed for this Python; it is left out"; }; \
+	done
+	POSTQUANT_ORT_VERSIONS=$(ORT_ENVIRONMENTS) $(BIN)/python -m pytest -v tests/runtime_ops/native/test_ort_versions.py
 
 clean:
 	rm -rf build dist demo-out bench-out .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VENV)

@@ -28,9 +28,18 @@ def work(job: Job) -> dict[str, Any]:
     return _last_line(str(script), json.dumps(dataclasses.asdict(job)))
 
 
-def evaluate(case: Case, model: pathlib.Path, *, limit: int | None, threads: int, reference: bool) -> dict[str, Any]:
-    """Runs ``eval.py`` on ``model``, against the float model if ``reference``."""
+def evaluate(
+    case: Case,
+    model: pathlib.Path,
+    *,
+    limit: int | None,
+    threads: int,
+    reference: bool,
+    library: pathlib.Path | None = None,
+) -> dict[str, Any]:
+    """Runs ``eval.py`` on ``model``, against the float model if ``reference``, with a library of operators if given."""
     command = [str(DATA / "eval.py"), case.dataset, str(model), "--threads", str(threads)]
     command += ["--ref", str(case.path)] if reference else []
     command += ["--limit", str(limit)] if limit else []
+    command += ["--custom-ops", str(library)] if library else []
     return _last_line(*command)

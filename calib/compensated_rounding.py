@@ -6,12 +6,19 @@ With ``H = E[x~' x~]`` per group, rounding row k of the (K, M) weight matrix to 
     H^-1 = U' U (U upper triangular)      e_k = (w_k - s q_k) / U_kk      w_j -= U_kj e_k  for j > k
 
 All output channels are rounded at once; rows go in the order of falling ``H_kk``, so that the large ones still find
-others to compensate for them. The scale stays; the caller keeps the result only where the output error falls.
+others to compensate for them. Then every code is looked at again, given all others (coordinate descent):
+
+    q_k = nearest(w_k / s - sum_{j != k} H_kj (q_j - w_j / s) / H_kk)
+
+which never raises the output error, whatever the levels are. The scale stays; the caller keeps the result only where
+the output error falls.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -23,47 +30,117 @@ from postquant.runtime_ops.quantizer import SMALLEST_SCALE, TensorQuantizer
 
 FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
+# Integer levels (as float32) nearest to weights in units of their scale.
+Nearest = Callable[[FloatArray], FloatArray]
 
 # Share of the mean diagonal added to it, as in GPTQ.
 DAMPING = 0.01
+# An input with less energy than this share of the largest keeps its nearest codes: nothing hears it.
+_SILENT = 1e-9
 
 
-def compensated_codes(
-    matrix: FloatArray, scale: FloatArray, moments: DoubleArray, qmin: int, qmax: int, *, block: int = 64
-) -> FloatArray:
-    """Integer codes of a weight matrix.
+class Compensation:
+    """Rounds weights of one layer against its moments.
 
     Args:
-        matrix: (G, K, M) float weights.
-        scale: (G, 1, M) steps, > 0.
         moments: (G, K, K) second moments (or covariances) of the inputs.
-        qmin: Smallest code.
-        qmax: Largest code.
         block: Rows between two updates of all later rows.
-
-    Returns:
-        (G, K, M) float32 codes, integers in ``[qmin, qmax]``.
     """
-    groups, depth, _ = matrix.shape
-    diagonal = np.einsum("gkk->gk", moments)
-    order = np.argsort(-diagonal, axis=1, kind="stable")
-    inverse_order = np.argsort(order, axis=1, kind="stable")
-    work = np.take_along_axis(matrix / scale, order[:, :, np.newaxis], axis=1).astype(np.float32)
-    factor = np.empty((groups, depth, depth), np.float32)
-    for group in range(groups):
-        factor[group] = _factor_of_inverse(moments[group][np.ix_(order[group], order[group])])
-    codes = np.empty_like(work)
-    for begin in range(0, depth, block):
-        end = min(begin + block, depth)
-        errors = np.empty((groups, end - begin, work.shape[2]), np.float32)
-        for k in range(begin, end):
-            codes[:, k] = np.clip(np.rint(work[:, k]), qmin, qmax)
-            error = (work[:, k] - codes[:, k]) / factor[:, k, k, np.newaxis]
-            work[:, k + 1 : end] -= factor[:, k, k + 1 : end, np.newaxis] * error[:, np.newaxis]
-            errors[:, k - begin] = error
-        if end < depth:
-            work[:, end:] -= np.matmul(factor[:, begin:end, end:].transpose(0, 2, 1), errors)
-    return np.take_along_axis(codes, inverse_order[:, :, np.newaxis], axis=1)
+
+    def __init__(self, moments: npt.NDArray[np.floating], *, block: int = 64) -> None:
+        self._moments = moments
+        self._block = block
+        diagonal = np.einsum("gkk->gk", moments)
+        self._order = np.argsort(-diagonal, axis=1, kind="stable")
+        self._inverse_order = np.argsort(self._order, axis=1, kind="stable")
+
+    @functools.cached_property
+    def _factor(self) -> FloatArray:
+        """(G, K, K) upper triangular U of the reordered, damped inverse."""
+        groups, depth, _ = self._moments.shape
+        factor = np.empty((groups, depth, depth), np.float32)
+        for group in range(groups):
+            order = self._order[group]
+            factor[group] = _factor_of_inverse(self._moments[group][np.ix_(order, order)].astype(np.float64))
+        return factor
+
+    @functools.cached_property
+    def _permuted(self) -> FloatArray:
+        """(G, K, K) float32 moments in the order in which rows go."""
+        order = self._order
+        rows = np.take_along_axis(self._moments, order[:, :, np.newaxis], axis=1)
+        return np.ascontiguousarray(np.take_along_axis(rows, order[:, np.newaxis, :], axis=2), np.float32)
+
+    def round(self, ratio: FloatArray, nearest: Nearest) -> FloatArray:
+        """Compensated levels.
+
+        Args:
+            ratio: (G, K, M) weights in units of their scale.
+            nearest: The format.
+
+        Returns:
+            (G, K, M) float32 levels.
+        """
+        depth, factor = ratio.shape[1], self._factor
+        work = self._forth(ratio)
+        codes = np.empty_like(work)
+        for begin in range(0, depth, self._block):
+            end = min(begin + self._block, depth)
+            errors = np.empty((work.shape[0], end - begin, work.shape[2]), np.float32)
+            for k in range(begin, end):
+                codes[:, k] = nearest(work[:, k])
+                error = (work[:, k] - codes[:, k]) / factor[:, k, k, np.newaxis]
+                work[:, k + 1 : end] -= factor[:, k, k + 1 : end, np.newaxis] * error[:, np.newaxis]
+                errors[:, k - begin] = error
+            if end < depth:
+                work[:, end:] -= np.matmul(factor[:, begin:end, end:].transpose(0, 2, 1), errors)
+        return self._back(codes)
+
+    def descend(self, ratio: FloatArray, levels: FloatArray, nearest: Nearest, *, sweeps: int) -> FloatArray:
+        """Improves levels one row at a time, each given all others, until nothing changes.
+
+        Args:
+            ratio: (G, K, M) weights in units of their scale.
+            levels: (G, K, M) start.
+            nearest: The format.
+            sweeps: At most so many passes over all rows.
+
+        Returns:
+            (G, K, M) float32 levels with an output error that is not larger.
+        """
+        moments = self._permuted
+        work, codes = self._forth(ratio), self._forth(levels)
+        diagonal = np.einsum("gkk->gk", moments)
+        heard = diagonal > _SILENT * diagonal.max(axis=1, keepdims=True, initial=0.0)
+        inverse = np.where(heard, 1 / np.where(heard, diagonal, 1), 0).astype(np.float32)
+        depth = work.shape[1]
+        for _ in range(sweeps):
+            gradient = np.matmul(moments, codes - work)
+            changed = False
+            for begin in range(0, depth, self._block):
+                end = min(begin + self._block, depth)
+                before = codes[:, begin:end].copy()
+                for k in range(begin, end):
+                    # Where nothing hears the row, the gradient is 0 and the level stays what it is.
+                    found = nearest(codes[:, k] - gradient[:, k] * inverse[:, k, np.newaxis])
+                    step = (found - codes[:, k]) * heard[:, k, np.newaxis]
+                    if step.any():
+                        codes[:, k] += step
+                        gradient[:, k:end] += moments[:, k, k:end, np.newaxis] * step[:, np.newaxis]
+                moved = codes[:, begin:end] - before
+                if moved.any():
+                    changed = True
+                    if end < depth:
+                        gradient[:, end:] += np.matmul(moments[:, end:, begin:end], moved)
+            if not changed:
+                break
+        return self._back(codes)
+
+    def _forth(self, rows: FloatArray) -> FloatArray:
+        return np.take_along_axis(rows, self._order[:, :, np.newaxis], axis=1).astype(np.float32)
+
+    def _back(self, rows: FloatArray) -> FloatArray:
+        return np.take_along_axis(rows, self._inverse_order[:, :, np.newaxis], axis=1)
 
 
 def _factor_of_inverse(moments: DoubleArray) -> DoubleArray:
@@ -111,7 +188,11 @@ def compensate(layer: Layer, problem: WeightProblem, quantizer: TensorQuantizer)
     square = problem.moments.square
     by_block = problem.matrix.reshape(*square.shape[:2], -1)
     steps = np.repeat(scale, len(square) // len(scale), axis=0)
-    codes = compensated_codes(by_block, steps, square, spec.qmin, spec.qmax).reshape(problem.matrix.shape)
+    codes = (
+        Compensation(square)
+        .round(by_block / steps, lambda ratio: np.clip(np.rint(ratio), np.float32(spec.qmin), np.float32(spec.qmax)))
+        .reshape(problem.matrix.shape)
+    )
     new_scale = scale
     if spec.axis is not None:
         inner, norm = problem.products(codes * scale)

@@ -27,6 +27,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from postquant.calib.activation_search import Reader, search_activation
+from postquant.calib.code_book import FEW_BITS, Candidate, CodeBooks, choose_code_book
 from postquant.calib.compensated_rounding import compensate
 from postquant.calib.layers import Layer, layers_of
 from postquant.calib.moments import Moments
@@ -36,6 +37,7 @@ from postquant.calib.site_data import SiteData, WorkLimits, sampled_positions
 from postquant.calib.weight_search import SearchOptions, WeightProblem, problem_of, search_problem
 from postquant.passes import semantics
 from postquant.passes.plan import QuantPlan
+from postquant.runtime_ops.code_book import CodeBook
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 FloatArray = npt.NDArray[np.float32]
@@ -59,6 +61,7 @@ class LayerChange:
         weight_gain_db: How much the weights' part of the output error fell, in dB.
         exact: Whether moments covered every output position of every sample.
         rounds: Alternations until nothing changed.
+        code_books: Of a weight of few bits: code book -> what it would give.
     """
 
     layer: str
@@ -68,6 +71,7 @@ class LayerChange:
     weight_gain_db: float
     exact: bool
     rounds: int
+    code_books: Mapping[CodeBook, Candidate] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +131,7 @@ class EasyQuant:
         search_activations: Whether activation scales may move; weights only otherwise.
         compensate: Whether weights are rounded with error compensation where that lowers the output error.
         fixed: Stored tensors whose scale is exact and stays.
+        code_books: Which values weights of few bits may have; uniform ones by default.
         judge: Asked before an activation's scale moves; a scale that is better for the next layer only is refused.
     """
 
@@ -139,6 +144,7 @@ class EasyQuant:
         *,
         search_activations: bool = True,
         compensate: bool = True,
+        code_books: CodeBooks | None = None,
         fixed: frozenset[str] = frozenset(),
         judge: Judge | None = None,
     ) -> None:
@@ -148,6 +154,7 @@ class EasyQuant:
         self._limits = limits
         self._search_activations = search_activations
         self._compensate = compensate
+        self._code_books = code_books or CodeBooks()
         self._fixed = fixed
         self._judge = judge
 
@@ -230,12 +237,18 @@ class EasyQuant:
             means[layer.name] = data.float_mean(layer)
             problem = problem_at(layer, quantizer)
             chosen = current[layer.name]
-            if self._compensate:
+            books: Mapping[CodeBook, Candidate] = {}
+            # A table is learned against whole moments; where they are kept in blocks, the effort's note says so.
+            whole = len(problem.moments.square) == len(problem.matrix)
+            if self._compensate and whole and chosen.spec.bits <= FEW_BITS and chosen.spec.axis is not None:
+                choice = choose_code_book(layer, problem, chosen, self._code_books)
+                chosen, books = choice.quantizer, choice.candidates
+            elif self._compensate:
                 chosen = compensate(layer, problem, chosen)
             plan = plan.with_weight(layer.weight, chosen)
             gain = _gain_db(layer, problem, weights[layer.name], starts[layer.name], chosen)
             changes.append(
-                LayerChange(layer.name, ratio, before_score, after_score, gain, data.exact[layer.name], rounds)
+                LayerChange(layer.name, ratio, before_score, after_score, gain, data.exact[layer.name], rounds, books)
             )
         return plan, changes
 

@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from postquant.calib.source import CalibrationSource
 from postquant.passes.biases import fit_biases
+from postquant.passes.border_nodes import is_border
 from postquant.passes.emit import emit
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import make_session
@@ -244,8 +245,9 @@ def _dtypes(model: ir.Model, names: Sequence[str] | None) -> dict[str, ir.DataTy
     """Element types of code tensors at a cut."""
     result = {}
     for node in model.graph:
-        if node.op_type in ("QuantizeLinear", "Clip") and node.outputs[0].name in (names or ()):
-            point = node.inputs[2] if node.op_type == "QuantizeLinear" else node.inputs[1]
+        makes_codes = node.op_type == "QuantizeLinear" or is_border(node)
+        if (makes_codes or node.op_type == "Clip") and node.outputs[0].name in (names or ()):
+            point = node.inputs[2] if makes_codes else node.inputs[1]
             if point is not None and point.dtype is not None:
                 result[node.outputs[0].name or ""] = point.dtype
     return result

@@ -123,6 +123,6 @@ def choose_effort(
         names = ", ".join(layer.name for layer in deep[:3]) + (", ..." if len(deep) > 3 else "")
         notes.append(
             f"second moments of {len(deep)} of {len(layers)} layers were kept in blocks of up to {effort.block} inputs "
-            f"({names})"
+            f"({names}); weights of few bits keep uniform codes there"
         )
     return effort, tuple(notes)

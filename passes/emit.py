@@ -26,6 +26,8 @@ import onnx_ir as ir
 from postquant.passes import semantics
 from postquant.passes.barriers import add_barriers
 from postquant.passes.biases import bias_scale, bias_values, integer_bias, weight_scale
+from postquant.passes.border_nodes import add_border_function, border_quantize_dequantize
+from postquant.passes.lut_nodes import FEW_BITS, pack_weights
 from postquant.passes.plan import QuantPlan
 from postquant.passes.qdq import Builder
 from postquant.passes.storage import reads_original
@@ -44,7 +46,8 @@ def emit(model: ir.Model, plan: QuantPlan, *, weight_storage: WeightStorage = We
     Args:
         model: The simplified model; not changed. Weights are shared with it, or computed when the result is written.
         plan: The decisions; undecided entries stay in float.
-        weight_storage: Container of weight codes of 4 and fewer bits.
+        weight_storage: Container of weight codes of 4 and fewer bits; a weight whose node has no packed form, or which
+            has a code book that the container does not hold, keeps one code per byte.
 
     Returns:
         A new model with the same inputs, outputs, dynamic axes and metadata.
@@ -63,7 +66,12 @@ def emit(model: ir.Model, plan: QuantPlan, *, weight_storage: WeightStorage = We
     copy = model.clone()
     if weight_storage is WeightStorage.INT4:
         copy.ir_version = max(copy.ir_version, _INT4_IR_VERSION)
-    _Emission(copy, plan, weight_storage).run()
+    emission = _Emission(copy, plan, weight_storage)
+    emission.run()
+    add_border_function(copy)
+    if weight_storage is WeightStorage.PACKED:
+        pack_weights(copy, emission.build, emission.narrow_weights)
+        emission.drop_unread_constants()
     return copy
 
 
@@ -77,6 +85,8 @@ class _Emission:
         self.integer = {node for node in self.graph if node.name not in plan.floats}
         self.written_biases: set[str] = set()
         self.overflowing_biases: set[str] = set()
+        # Weighted node -> name and quantizer of its weight, where that has at most 4 bits.
+        self.narrow_weights: dict[ir.Node, tuple[str, TensorQuantizer]] = {}
         self._check_names()
 
     def run(self) -> None:
@@ -91,7 +101,7 @@ class _Emission:
             if name not in self.written_biases:  # those of weights that stay in float
                 self.graph.initializers[name].const_value = ir.Tensor(np.asarray(corrected, np.float32), name=name)
         add_barriers(self.graph, self.build, self.overflowing_biases)
-        self._drop_unread_constants()
+        self.drop_unread_constants()
 
     def _check_names(self) -> None:
         values = {v.name for v in self.graph.inputs} | {v.name for node in self.graph for v in node.outputs}
@@ -171,7 +181,7 @@ class _Emission:
             self.graph.remove(node, safe=True)
             value = behind
 
-    def _drop_unread_constants(self) -> None:
+    def drop_unread_constants(self) -> None:
         """Bounds of the clips that codes stand for: onnxruntime would warn of each whenever the model is loaded."""
         for name, value in tuple(self.graph.initializers.items()):
             if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
@@ -179,7 +189,7 @@ class _Emission:
 
     def _requantize(self) -> None:
         made: dict[tuple[ir.Value, object], ir.Value] = {}
-        for key, entry in self.plan.requants.items():
+        for key, entry in sorted(self.plan.requants.items()):  # a plan from the disk has them in this order
             if not isinstance(entry, TensorQuantizer):
                 continue
             node_name, _, index = key.rpartition(":")
@@ -188,6 +198,11 @@ class _Emission:
                 raise ModelError("the plan is of another model", where=f"input {key}", expected="an input of a node")
             source = node.inputs[int(index)]
             assert source is not None
+            if entry.border is not None:
+                name = f"{node_name}_input{index}"
+                bordered = border_quantize_dequantize(self.graph, self.build, source, entry, name)
+                node.replace_input_with(int(index), bordered)
+                continue
             # Nodes that requantize a tensor alike share the result.
             same = (source, (entry.spec, float(entry.scale), int(entry.zero_point)))
             if same not in made:
@@ -215,6 +230,8 @@ class _Emission:
             bias = semantics.bias_of(node)
             if bias is not None:
                 self._quantize_bias(node, bias, quantizer)
+            if index == 1 and quantizer.spec.bits <= FEW_BITS and quantizer.spec.signed:
+                self.narrow_weights[node] = weight.name or "", quantizer
             self.build.dequantize_weight(weight, quantizer, scale=weight_scale(node, quantizer), packed=self.packed)
             if node.op_type == "Gemm":
                 node.attributes["alpha"] = ir.AttrFloat32("alpha", 1.0)

@@ -64,6 +64,8 @@ class PlacementSettings:
         abits: Bits of the inputs of weighted nodes.
         first_last_bits: Bits of weights and inputs of the first and last weighted nodes (those with no weighted node
             before, or after, them) where the above are narrower; None treats them like the others.
+        depthwise_bits: Bits of weights of depthwise convolutions where ``wbits`` is narrower; None treats them like the
+            others.
         sums_bits: Bits of every other stored tensor: residual sums, pooling, Concat, element-wise operators.
         overrides: Exceptions for single nodes.
     """
@@ -71,6 +73,7 @@ class PlacementSettings:
     wbits: int = 8
     abits: int = 8
     first_last_bits: int | None = 8
+    depthwise_bits: int | None = None
     sums_bits: int = 8
     overrides: tuple[Override, ...] = ()
 
@@ -235,6 +238,9 @@ class _Placement:
         edge = self.settings.first_last_bits
         if own is None and edge is not None and node in self.edge_nodes:
             bits = max(bits, edge)
+        inner = self.settings.depthwise_bits
+        if own is None and inner is not None and semantics.is_depthwise(node):
+            bits = max(bits, inner)
         return min(bits, self.target.weights.max_bits)
 
     def _stored_bits(self, group: Group) -> int:
@@ -267,6 +273,11 @@ class _Placement:
         if edge is not None and min(self.settings.wbits, self.settings.abits) < edge and self.edge_nodes:
             names = ", ".join(sorted(n.name or "" for n in self.edge_nodes))
             yield f"first and last weighted nodes keep {edge} bits: {names}"
+        inner = self.settings.depthwise_bits
+        if inner is not None and self.settings.wbits < inner:
+            count = sum(semantics.is_depthwise(node) for node in self.regions.weighted)
+            if count:
+                yield f"weights of {count} depthwise convolutions keep {inner} bits"
         for what, tensors, bits in (
             ("weights", self.target.weights, self.settings.wbits),
             ("activations", self.target.activations, self.settings.abits),

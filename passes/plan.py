@@ -25,6 +25,7 @@ import safetensors.numpy
 
 from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.quantizer import TensorQuantizer
+from postquant.runtime_ops.rounding_border import RoundingBorder
 from postquant.runtime_ops.spec import QuantSpec
 
 Entry = QuantSpec | TensorQuantizer
@@ -110,6 +111,11 @@ class QuantPlan:
                     arrays[f"{field}/{name}/zero_point"] = entry.zero_point
                     if entry.codes is not None:
                         arrays[f"{field}/{name}/codes"] = np.ascontiguousarray(entry.codes)
+                    if entry.table is not None:
+                        arrays[f"{field}/{name}/table"] = entry.table
+                    if entry.border is not None:
+                        for part, array in entry.border.arrays().items():
+                            arrays[f"{field}/{name}/border/{part}"] = array
             header[field] = table
         for name, values in self.biases.items():
             arrays[f"biases/{name}"] = np.ascontiguousarray(values, dtype=np.float32)
@@ -147,6 +153,10 @@ class QuantPlan:
                 hint="quantize the model again with this version",
             )
 
+        def border(prefix: str) -> RoundingBorder | None:
+            parts = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+            return RoundingBorder.from_arrays(parts) if parts else None
+
         def table(field: str) -> dict[str, Entry]:
             result: dict[str, Entry] = {}
             for name, data in header[field].items():
@@ -154,7 +164,12 @@ class QuantPlan:
                 key = f"{field}/{name}"
                 result[name] = (
                     TensorQuantizer(
-                        spec, arrays[f"{key}/scale"], arrays[f"{key}/zero_point"], arrays.get(f"{key}/codes")
+                        spec,
+                        arrays[f"{key}/scale"],
+                        arrays[f"{key}/zero_point"],
+                        arrays.get(f"{key}/codes"),
+                        arrays.get(f"{key}/table"),
+                        border(f"{key}/border/"),
                     )
                     if f"{key}/scale" in arrays
                     else spec

@@ -143,7 +143,7 @@ class Builder:
         assert name is not None
         assert tensor is not None
         spec = quantizer.spec
-        packed = packed and spec.bits <= 4 and spec.signed
+        packed = packed and spec.bits <= 4 and spec.signed and not spec.has_table
         codes = self.initializer(
             f"{name}_quantized", codes_tensor(tensor, quantizer, f"{name}_quantized", packed=packed)
         )

@@ -93,6 +93,17 @@ def channel_counts(node: ir.Node, shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
+def is_depthwise(node: ir.Node) -> bool:
+    """Whether a node is a convolution with a constant weight in which every group has one input channel."""
+    groups = int(attribute(node, "group", 1))
+    if node.op_type not in ("Conv", "ConvTranspose") or groups == 1 or weight_index(node) != 1:
+        return False
+    weight = node.inputs[1]
+    assert weight is not None
+    assert weight.const_value is not None
+    return channel_counts(node, tuple(weight.const_value.shape.numpy()))[0] == groups
+
+
 def bias_of(node: ir.Node) -> ir.Value | None:
     """The constant bias of a weighted node whose weight is input 1, or None.
 

@@ -46,10 +46,16 @@ class ConcatScales(enum.Enum):
 
 
 class WeightStorage(enum.Enum):
-    """Container of weight codes of 4 bits: one per byte, or ONNX's packed INT4."""
+    """Container of weight codes of 4 and fewer bits.
+
+    * ``INT8``: one per byte, as plain QDQ; integer kernels everywhere.
+    * ``INT4``: ONNX's packed INT4, for uniform codes.
+    * ``PACKED``: packed, in operators of ``ai.postquant``, which have function bodies; ``INT8`` where there is none.
+    """
 
     INT8 = "int8"
     INT4 = "int4"
+    PACKED = "packed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +142,7 @@ class Target:
         weights: Formats of weights.
         int32_bias: Whether biases become int32 with scale ``s_x * s_w``.
         concat_scales: How a Concat starts; calibration may change it for one Concat.
-        weight_storage: Container of weights of 4 bits.
+        weight_storage: Container of weights of 4 and fewer bits.
         ops: Operator type -> rule; every other type stays in float.
         float_reasons: Operator type -> why it stays in float, for the report.
     """

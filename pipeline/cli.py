@@ -77,6 +77,7 @@ def quantize(
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder for model, plan and report.")],
     wbits: Annotated[str | None, option("wbits")] = None,
     abits: Annotated[str | None, option("abits")] = None,
+    weights: Annotated[str | None, option("weights")] = None,
     method: Annotated[str | None, option("method")] = None,
     config: Annotated[
         str | None, typer.Option("--config", metavar="FILE", help="quant.toml; options win over it.")
@@ -86,6 +87,7 @@ def quantize(
     threads: Annotated[str | None, option("threads")] = None,
     samples: Annotated[str | None, option("samples")] = None,
     first_last_bits: Annotated[str | None, option("first_last_bits")] = None,
+    depthwise_bits: Annotated[str | None, option("depthwise_bits")] = None,
     sums_bits: Annotated[str | None, option("sums_bits")] = None,
     objective: Annotated[str | None, option("objective")] = None,
     alpha: Annotated[str | None, option("alpha")] = None,
@@ -99,6 +101,7 @@ def quantize(
     cross_layer: Annotated[bool | None, option("cross_layer")] = None,
     smooth: Annotated[bool | None, option("smooth")] = None,
     bias_correction: Annotated[bool | None, option("bias_correction")] = None,
+    border: Annotated[str | None, option("border")] = None,
     simplify: Annotated[bool | None, option("simplify")] = None,
     weight_storage: Annotated[str | None, option("weight_storage")] = None,
     max_positions: Annotated[str | None, option("max_positions")] = None,

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from postquant.passes.lut_expansion import with_qdq
 from postquant.passes.session import custom_operators, make_session
 from postquant.pipeline.chunks import chunked, element_counts
 from postquant.pipeline.load import load_model
@@ -138,7 +139,7 @@ def _compare(
     first = next(iter(source), None)
     if first is None:
         raise CalibrationError("there is no sample to compare the models on", expected="at least one")
-    matches, unmatched = _match(float_model, quantized, outputs)
+    matches, unmatched = _match(float_model, with_qdq(quantized), outputs)
     counts = element_counts(float_model, list(matches), first, threads=threads)
     chunks = list(chunked(list(matches), counts, 9)) or [[]]
     progress.stage("compare", total=len(chunks) * len(source))

@@ -37,6 +37,23 @@ class Objective(enum.Enum):
     MSE = "mse"
 
 
+class Weights(enum.Enum):
+    """Which values weights of 2 and 4 bits may have."""
+
+    AUTO = "auto"
+    INT = "int"
+    POST = "post"
+    LUT = "lut"
+
+
+class Border(enum.Enum):
+    """Whether activations of 4 and fewer bits have rounding borders."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OverrideConfig:
     """One ``[[override]]``: other settings for the nodes that it selects. Later ones win.
@@ -128,6 +145,7 @@ class QuantConfig:
 
     wbits: int = integer("bits of the weights", default=8, low=2, high=8)
     abits: int = integer("bits of the inputs of Conv, ConvTranspose, Gemm and MatMul", default=8, low=2, high=8)
+    weights: Weights = choice(Weights, "values of weights of 2 and 4 bits", default=Weights.AUTO)
     method: Method = choice(Method, "how scales are chosen", default=Method.EASYQUANT)
     target: str = text("a built-in target or the path of a target file", default="onnxruntime")
     seed: int = integer("seed of every random choice", default=0, low=0, high=2**32 - 1)
@@ -140,6 +158,9 @@ class QuantConfig:
     samples: int | None = integer("use at most this many calibration samples", low=1, none="all")
     first_last_bits: int | None = integer(
         "bits of the first and the last layers where wbits or abits is lower", default=8, low=2, high=8, none="same"
+    )
+    depthwise_bits: int | None = integer(
+        "bits of the weights of depthwise convolutions where wbits is lower", low=2, high=8, none="same"
     )
     sums_bits: int = integer("bits of residual sums, pooling and other element-wise tensors", default=8, low=2, high=8)
     objective: Objective = choice(Objective, "EasyQuant: what layer outputs are compared by", default=Objective.COSINE)
@@ -154,8 +175,13 @@ class QuantConfig:
     cross_layer: bool | None = flag("cross-layer equalization", none="below 8 bits")
     smooth: bool | None = flag("SmoothQuant-style migration for MatMul", none="with easyquant")
     bias_correction: bool | None = flag("bias correction of the weight error", none="with easyquant")
+    border: Border = choice(
+        Border, "rounding borders, by an operator of ours, for activations of 4 and fewer bits", default=Border.AUTO
+    )
     simplify: bool = flag("simplify the model with onnxsim first", default=True)
-    weight_storage: WeightStorage | None = choice(WeightStorage, "container of 4-bit weights", none="target")
+    weight_storage: WeightStorage | None = choice(
+        WeightStorage, "container of weights of 4 and fewer bits", none="target"
+    )
     max_positions: int = integer(
         "output positions per layer that the search reads where second moments do not serve", default=8192, low=64
     )
@@ -177,6 +203,13 @@ class QuantConfig:
                 where="alpha, beta",
                 expected="alpha <= 1 <= beta",
                 found=f"alpha = {self.alpha}, beta = {self.beta}",
+            )
+        if self.weights in (Weights.POST, Weights.LUT) and self.method is not Method.EASYQUANT:
+            raise ConfigError(
+                "code books of weights are searched by EasyQuant only",
+                where="weights, method",
+                expected='weights = "auto" or "int", or method = "easyquant"',
+                found=f'weights = "{self.weights.value}", method = "{self.method.value}"',
             )
 
     @classmethod

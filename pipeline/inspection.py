@@ -15,6 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from postquant.passes.lut_expansion import with_qdq
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import custom_operators
 from postquant.passes.subgraph import op_types
@@ -125,8 +126,9 @@ def _of_model(place: pathlib.Path, file: pathlib.Path, plan: QuantPlan | None, r
     except ModelError as error:
         hint = f" ({error.hint})" if error.hint else ""
         notes.append(f"onnxruntime does not load the model: {error.found or error}{hint}")
-    activations = stored_activations(model, notes)
-    weights = weights_of(model, notes)
+    groups = with_qdq(model)
+    activations = stored_activations(groups, notes)
+    weights = weights_of(groups, notes)
     quantized = bool(activations) or any(weight.bits is not None for weight in weights)
     return Inspection(
         path=str(place),

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import onnx
 import onnx_ir as ir
 
+from postquant.passes.lut_expansion import is_packed, with_qdq
 from postquant.passes.session import Session, make_session, session_options
 from postquant.pipeline.load import load_model
 
@@ -24,6 +25,7 @@ from postquant.pipeline.load import load_model
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 INTEGER_KERNELS = frozenset(
     {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger", "MatMulNBits"}
+    | {"LutQLinearConv", "LutQLinearMatMul"}
 )
 # onnxruntime names a node that replaces another "<name>_token_<number>".
 _TOKEN = re.compile(r"(_token_\d+)+$")
@@ -173,10 +175,13 @@ def integer_coverage(model: str | pathlib.Path | ir.Model, optimized: OptimizedG
         optimized = observed_session(loaded)[1]
     integer: dict[str, str] = {}
     floating: dict[str, str] = {}
-    for node in loaded.graph:
+    # onnxruntime gives nodes of function bodies no names; values that are outputs keep theirs.
+    packed = {node.name: node.outputs[0].name or "" for node in loaded.graph if is_packed(node)}
+    observed = observed_session(loaded, list(packed.values()))[1] if packed else optimized
+    for node in with_qdq(loaded).graph:
         if node.domain or node.op_type not in WEIGHTED:
             continue
-        kernel = optimized.kernel_of(node)
+        kernel = (observed if node.name in packed else optimized).kernel_of(node)
         name = node.name or node.outputs[0].name or node.op_type
         if kernel in INTEGER_KERNELS:
             integer[name] = kernel

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from postquant.passes import semantics
+from postquant.passes.lut_expansion import is_packed
+from postquant.passes.lut_nodes import FEW_BITS
 from postquant.passes.plan import QuantPlan
 from postquant.passes.subgraph import op_types
 from postquant.pipeline.quality import TensorQuality
@@ -19,6 +21,7 @@ def layer_reports(
     plan: QuantPlan,
     quality: Sequence[TensorQuality],
     gains: Mapping[str, Mapping[str, float]],
+    books: Mapping[str, Mapping[str, float]],
 ) -> tuple[LayerReport, ...]:
     """One row per quantized Conv, ConvTranspose, Gemm and MatMul, in graph order.
 
@@ -27,6 +30,7 @@ def layer_reports(
         plan: The final plan.
         quality: Measured quality of stored tensors.
         gains: Node -> stage -> gain in dB.
+        books: Node -> code book of the weight -> SQNR that it would give.
     """
     measured = {item.name: item for item in quality}
     rows = []
@@ -56,6 +60,8 @@ def layer_reports(
                 sqnr_db=None if item is None else item.sqnr_db,
                 cosine=None if item is None else item.cosine,
                 gains=dict(gains.get(node.name, {})),
+                weights=None if weight is None else weight.spec.code_book.value,
+                code_books=dict(books.get(node.name, {})),
             )
         )
     return tuple(rows)
@@ -70,6 +76,31 @@ def _stored_output(node: ir.Node, measured: Mapping[str, TensorQuality]) -> Tens
             return None
         value = uses[0].node.outputs[0]
     return measured[value.name or ""]
+
+
+def packing_note(model: ir.Model, plan: QuantPlan, emitted: ir.Model) -> str | None:
+    """A line about weights of few bits that keep one byte per code although others are packed; None without any.
+
+    Args:
+        model: The simplified model.
+        plan: The final plan.
+        emitted: The quantized model.
+    """
+    packed = {node.name for node in emitted.graph if is_packed(node)}
+    names = []
+    for node in model.graph:
+        index = semantics.weight_index(node)
+        constant = None if index is None else node.inputs[index]
+        entry = None if constant is None else plan.weights.get(constant.name or "")
+        if isinstance(entry, TensorQuantizer) and entry.spec.bits <= FEW_BITS and node.name not in packed:
+            names.append(node.name or "")
+    if not packed or not names:
+        return None
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"weights of {len(names)} layers are stored as int8 although they have at most {FEW_BITS} bits: no packed "
+        f"operator computes them, or their output stays in float ({shown})"
+    )
 
 
 def float_reports(model: ir.Model, plan: QuantPlan) -> tuple[FloatReport, ...]:

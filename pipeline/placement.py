@@ -12,6 +12,7 @@ def placement_settings(config: QuantConfig) -> PlacementSettings:
         wbits=config.wbits,
         abits=config.abits,
         first_last_bits=config.first_last_bits,
+        depthwise_bits=config.depthwise_bits,
         sums_bits=config.sums_bits,
         overrides=tuple(
             Override(

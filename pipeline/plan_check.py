@@ -15,9 +15,10 @@ import onnx_ir as ir
 
 from postquant.passes import biases, semantics
 from postquant.passes.barriers import is_barrier
+from postquant.passes.border_nodes import BORDER, is_border
 from postquant.passes.plan import QuantPlan
 from postquant.passes.weight_codes import weight_codes
-from postquant.pipeline.qdq_structure import Reading, reading, release
+from postquant.pipeline.qdq_structure import Reading, array_of, reading, release
 from postquant.runtime_ops.integer import Affine
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
@@ -99,7 +100,7 @@ def differences(float_model: ir.Model, emitted: ir.Model, plan: QuantPlan) -> It
         yield Difference(f"node {name}", f"{node.op_type} is in neither the model nor the plan")
 
 
-_QDQ = frozenset({"QuantizeLinear", "DequantizeLinear", "Clip"})
+_QDQ = frozenset({"QuantizeLinear", "DequantizeLinear", "Clip", BORDER})
 
 
 def _input(
@@ -153,11 +154,30 @@ def _activation(where: str, quantizer: TensorQuantizer, found: Reading) -> Itera
         yield Difference(where, "no QuantizeLinear makes its codes")
         return
     yield from _same_numbers(f"{where}, QuantizeLinear", found.numbers, found.quantized_numbers)
+    yield from _border(where, quantizer, found.quantize)
     if found.saturation is not None:
         low, high = found.saturation
         if low < quantizer.spec.qmin or high > quantizer.spec.qmax or low > high:
             allowed = f"[{quantizer.spec.qmin}, {quantizer.spec.qmax}]"
             yield Difference(where, f"codes are clipped to [{low}, {high}], the format allows {allowed}")
+
+
+def _border(where: str, quantizer: TensorQuantizer, node: ir.Node | None) -> Iterator[Difference]:
+    """The rounding border of a quantizer, and of the node that makes its codes."""
+    if (quantizer.border is not None) != is_border(node):
+        expected = "rounding to nearest" if quantizer.border is None else "a rounding border"
+        yield Difference(where, f"expected {expected} by the plan, found {None if node is None else node.op_type}")
+        return
+    if quantizer.border is None or node is None:
+        return
+    spec = quantizer.spec
+    for name, number in (("channels", quantizer.border.channels), ("qmin", spec.qmin), ("qmax", spec.qmax)):
+        attribute = node.attributes.get(name)
+        if attribute is None or attribute.as_int() != number:
+            yield Difference(where, f"attribute {name} of the border: expected {number}")
+    for index, (name, array) in enumerate(quantizer.border.arrays().items(), start=3):
+        if not np.array_equal(array_of(node.inputs[index], node), array):
+            yield Difference(where, f"the border's {name} differs from the plan's")
 
 
 def _weight(

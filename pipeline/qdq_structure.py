@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from postquant.passes.barriers import before_barrier
+from postquant.passes.border_nodes import is_border
 from postquant.runtime_ops.errors import VerificationError
 from postquant.runtime_ops.integer import Affine
 
@@ -27,7 +28,8 @@ class Reading:
         codes: The codes that DequantizeLinear reads.
         numbers: Its scale and zero point.
         dequantize: The DequantizeLinear.
-        quantize: The QuantizeLinear that makes the codes; None for constants and for codes from elsewhere.
+        quantize: The QuantizeLinear or BorderQuantize that makes the codes; None for constants and for codes from
+            elsewhere.
         saturation: Bounds of the integer Clip between the two, None without one.
     """
 
@@ -74,7 +76,9 @@ def reading(value: ir.Value | None) -> Reading | None:
         saturation = (low, high) if saturation is None else (max(low, saturation[0]), min(high, saturation[1]))
         inner = producer.inputs[0]
         producer = None if inner is None else inner.producer()
-    quantize = producer if producer is not None and producer.op_type == "QuantizeLinear" else None
+    # BorderQuantize has its scale and zero point where QuantizeLinear has them.
+    makes_codes = producer is not None and (producer.op_type == "QuantizeLinear" or is_border(producer))
+    quantize = producer if makes_codes else None
     return Reading(codes, numbers, node, quantize, saturation)
 
 

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from postquant.passes.barriers import is_barrier
+from postquant.passes.border_nodes import is_border
+from postquant.passes.lut_expansion import with_qdq
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline.qdq_structure import Reading, reading
 from postquant.runtime_ops.errors import VerificationError
@@ -36,7 +38,8 @@ def recover_float_model(emitted: ir.Model, plan: QuantPlan) -> ir.Model:
     Raises:
         VerificationError: If the model has quantizers that the plan does not know.
     """
-    model = emitted.clone()
+    groups = with_qdq(emitted)
+    model = groups.clone() if groups is emitted else groups
     _Recovery(model.graph, plan).run()
     return model
 
@@ -123,7 +126,8 @@ class _Recovery:
         quantizers = ("DequantizeLinear", "Clip", "QuantizeLinear")
         for node in reversed(tuple(self.graph)):
             value = node.outputs[0]
-            if (node.op_type in quantizers or is_barrier(node)) and not value.uses() and not value.is_graph_output():
+            removable = node.op_type in quantizers or is_barrier(node) or is_border(node)
+            if removable and not value.uses() and not value.is_graph_output():
                 self.graph.remove(node, safe=True)
         for name, value in tuple(self.graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():

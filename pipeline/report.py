@@ -39,6 +39,9 @@ class LayerReport:
         sqnr_db: SQNR of the layer's output in the whole quantized model against the float model, in dB.
         cosine: Cosine similarity of the same two.
         gains: Stage -> what it gained for this layer, in dB of the layer's own output error.
+        weights: Which values the weight has: "int", "post" or "lut".
+        code_books: What each of them would give, for weights of few bits: the SQNR of the layer's output in dB, by the
+            weights alone; "... nearest" without compensated rounding.
     """
 
     node: str
@@ -52,6 +55,8 @@ class LayerReport:
     sqnr_db: float | None = None
     cosine: float | None = None
     gains: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    weights: str | None = None
+    code_books: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,9 @@ class Simulation:
         if tensor.stored_codes is not None:
             assert tensor.stored_quantizer is not None
             real = Affine.of(tensor.stored_quantizer).real(arrays[tensor.stored_codes])
-            law: Prediction | None = quantized(real, out)
+            law: Prediction | None = (
+                quantized(real, out) if tensor.quantizer.border is None else self._bordered(tensor, real)
+            )
         elif tensor.node is None:
             law = quantized(np.asarray(feeds[tensor.source]), out)
         else:
@@ -81,6 +83,11 @@ class Simulation:
             value = np.clip(law.value, low / scale + zero, high / scale + zero)
             law = Prediction(np.clip(law.codes, codes[0], codes[1]).astype(np.int32), value, law.slack)
         return law.clipped(tensor.quantizer.spec.qmin, tensor.quantizer.spec.qmax)
+
+    def _bordered(self, tensor: Stored, real: npt.NDArray[np.float32]) -> Prediction:
+        """Codes of BorderQuantize, whose implementations agree to the bit: there is no slack."""
+        codes = tensor.quantizer.quantize(real).astype(np.int32)
+        return Prediction(codes, codes.astype(np.float32), 0.0)
 
     def remark(self, tensor: Stored, optimized: OptimizedGraph) -> str:
         """What may explain a mismatch; "" where nothing is known."""

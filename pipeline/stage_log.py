@@ -21,12 +21,14 @@ class StageLog:
         stages: In order.
         notes: In order.
         layer_gains: Node name -> stage -> gain in dB of the layer's own output error.
+        layer_books: Node name -> code book of the weight -> SQNR in dB that it would give the layer's output.
     """
 
     def __init__(self, progress: NullProgress) -> None:
         self.stages: list[StageReport] = []
         self.notes: list[str] = []
         self.layer_gains: dict[str, dict[str, float]] = {}
+        self.layer_books: dict[str, dict[str, float]] = {}
         self._progress = progress
         self._mark = (0, 0)
 
@@ -42,6 +44,12 @@ class StageLog:
         """What the scale search did to each layer."""
         for change in changes:
             self.layer_gains.setdefault(change.layer, {})["weights"] = change.weight_gain_db
+            books = {book.value: candidate for book, candidate in change.code_books.items()}
+            if books:
+                self.layer_books[change.layer] = {
+                    **{f"{name} nearest": candidate.nearest_db for name, candidate in books.items()},
+                    **{name: candidate.db for name, candidate in books.items()},
+                }
         sampled = [change.layer for change in changes if not change.exact]
         if sampled:
             shown = ", ".join(sampled[:3]) + (", ..." if len(sampled) > 3 else "")
@@ -58,6 +66,7 @@ class StageLog:
             "stages": [dataclasses.asdict(stage) for stage in self.stages[stages:]],
             "notes": self.notes[notes:],
             "gains": self.layer_gains,
+            "books": self.layer_books,
         }
 
     def resume(self, stage: str, data: Any) -> None:
@@ -66,5 +75,6 @@ class StageLog:
         self.stages[stages:] = [StageReport(**values) for values in data["stages"]]
         self.notes[notes:] = data["notes"]
         self.layer_gains.update(data["gains"])
+        self.layer_books.update(data.get("books", {}))
         self._mark = (len(self.stages), len(self.notes))
         self._progress.say(f"resumed behind stage {stage!r}")

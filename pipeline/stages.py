@@ -50,11 +50,12 @@ from postquant.passes.plan import QuantPlan
 from postquant.passes.smooth import SmoothPass, smooth_groups
 from postquant.passes.spill import settle_lazy_tensors
 from postquant.passes.target import WeightStorage
+from postquant.pipeline.borders import decide_borders
 from postquant.pipeline.concats import decide_concats
 from postquant.pipeline.config import Method, QuantConfig
 from postquant.pipeline.job import Job, Outcome
-from postquant.pipeline.layer_reports import float_reports, layer_reports
-from postquant.pipeline.methods import range_method
+from postquant.pipeline.layer_reports import float_reports, layer_reports, packing_note
+from postquant.pipeline.methods import code_books, range_method
 from postquant.pipeline.parts import keep_parts
 from postquant.pipeline.placement import placement_settings
 from postquant.pipeline.prepare import Prepared, prepare
@@ -97,9 +98,12 @@ def run_pipeline(job: Job) -> Outcome:
         fixed = _decided(plan)
         plan = _decide_ranges(job, model, plan, log, threads)
         plan = _search_scales(job, reference, model, plan, log, folder, threads, fixed=fixed)
+        plan = decide_borders(job, reference, model, plan, log, threads=threads)
         job.progress.stage("emit")
         plan = fit_biases(model, plan)
         emitted = emit(model, plan, weight_storage=_weight_storage(job))
+        note = packing_note(model, plan, emitted)
+        log.note(*(() if note is None else (note,)))
         return _verify(job, prepared, model, plan, emitted, log)
 
 
@@ -282,6 +286,7 @@ def _search_scales(
             Prefix(model, source, folder),
             _search_options(config),
             WorkLimits(search_rows=config.max_positions, search_work=config.search_work, seed=config.seed),
+            code_books=code_books(config, job.target),
             fixed=fixed,
             judge=_judge(model, plan, source, threads),
         )
@@ -310,7 +315,7 @@ def _verify(
         log.add("verify", "onnxruntime against the plan", sqnr_db=output.sqnr_db)
     report = dataclasses.replace(
         job.report,
-        layers=layer_reports(model, plan, verification.quality, log.layer_gains),
+        layers=layer_reports(model, plan, verification.quality, log.layer_gains, log.layer_books),
         outputs=verification.outputs,
         floats=float_reports(model, plan),
         stages=tuple(log.stages),

@@ -56,7 +56,7 @@ def _print_layers(layers: Sequence[LayerReport], console: Console, *, verbose: b
         table.add_row(
             Text(layer.node),
             Text(layer.op_type),
-            _bits(layer.wbits),
+            f"{_bits(layer.wbits)} {layer.weights}" if layer.weights in ("post", "lut") else _bits(layer.wbits),
             _bits(layer.abits),
             _decimal(layer.sqnr_db, 1),
             _decimal(layer.cosine, 5),

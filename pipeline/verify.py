@@ -26,6 +26,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from postquant.passes.lut_expansion import with_qdq
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import Session, custom_operators, first_sentence
 from postquant.pipeline.integer_check import TensorAgreement, check_integers
@@ -162,6 +163,8 @@ class _Verifier:
     ) -> None:
         self.float_model, self.model, self.plan, self.path = float_model, model, plan, path
         self.threads, self.reference = threads, reference
+        # What the file says, in standard operators; onnxruntime runs the file itself.
+        self.groups = with_qdq(model)
         self.count = 0
         self.checks: list[CheckReport] = []
         self.notes: list[str] = []
@@ -187,7 +190,7 @@ class _Verifier:
 
         outputs, held, first_outputs = self._measure(samples, deployed, integer_samples, tensor_samples)
         del deployed  # a session may hold a second copy of the weights: never more than one at a time
-        simulation = Simulation(self.float_model, self.model, self.plan)
+        simulation = Simulation(self.float_model, self.groups, self.plan)
         integers = check_integers(
             self.model, simulation, held[:integer_samples], first_outputs, deployed=optimized, threads=self.threads
         )
@@ -244,7 +247,7 @@ class _Verifier:
     def _plan_problem(self) -> str | None:
         found = []
         try:
-            for difference in differences(self.float_model, self.model, self.plan):
+            for difference in differences(self.float_model, self.groups, self.plan):
                 found.append(difference)
                 if len(found) > 50:
                     break

@@ -10,6 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from postquant.runtime_ops import law
+from postquant.runtime_ops.code_book import CodeBook, nearest_levels, post_table
+from postquant.runtime_ops.law_border import border_quantize
+from postquant.runtime_ops.rounding_border import RoundingBorder
 from postquant.runtime_ops.spec import QuantSpec, Rounding
 
 T = TypeVar("T", bound=np.generic)
@@ -57,13 +60,17 @@ class TensorQuantizer:
         spec: The format.
         scale: () or (C,) float32, > 0, units of the tensor per step.
         zero_point: () or (C,) int32 within ``[spec.qmin, spec.qmax]``.
-        codes: int8/uint8 codes of the weight when rounding is not nearest, else None.
+        codes: int8/uint8 codes of the weight when rounding is not nearest, else None; levels where there is a table.
+        table: (2**bits,) sorted int8 levels of a code book; None for uniform codes. That of POST is filled in.
+        border: Rounds an unsigned activation of at most 8 bits otherwise than to nearest; None for nearest.
     """
 
     spec: QuantSpec
     scale: npt.NDArray[np.float32]
     zero_point: npt.NDArray[np.int32]
     codes: npt.NDArray[np.integer] | None = None
+    table: npt.NDArray[np.int8] | None = None
+    border: RoundingBorder | None = None
 
     def __post_init__(self) -> None:
         scale = np.asarray(self.scale, np.float32)
@@ -74,8 +81,15 @@ class TensorQuantizer:
             raise ValueError("scales must be finite and positive")
         if (zero_point < self.spec.qmin).any() or (zero_point > self.spec.qmax).any():
             raise ValueError(f"zero point outside [{self.spec.qmin}, {self.spec.qmax}]")
+        if zero_point.any() and self.spec.has_table:
+            raise ValueError("codes of a table have the zero point 0")
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "zero_point", zero_point)
+        object.__setattr__(self, "table", _table(self.spec, self.table))
+        if self.border is not None:
+            if self.spec.signed or self.spec.bits > 8 or self.spec.axis is not None or self.codes is not None:
+                raise ValueError("a rounding border exists only for unsigned activations of at most 8 bits")
+            self.border.law(scale, zero_point, self.spec.qmin, self.spec.qmax)
 
     @classmethod
     def from_range(cls, spec: QuantSpec, low: npt.ArrayLike, high: npt.ArrayLike) -> TensorQuantizer:
@@ -99,7 +113,16 @@ class TensorQuantizer:
         return low, high
 
     def quantize(self, x: npt.NDArray[np.floating]) -> npt.NDArray[np.integer]:
-        """Codes of ``x`` in the spec's container type (:func:`postquant.runtime_ops.law.quantize`)."""
+        """Codes of ``x`` in the spec's container type (:func:`postquant.runtime_ops.law.quantize`).
+
+        With a table: its nearest levels (:func:`postquant.runtime_ops.code_book.nearest_levels`). With a border:
+        :func:`postquant.runtime_ops.law_border.border_quantize`, which wants a whole tensor.
+        """
+        if self.table is not None:
+            return self._levels(x)
+        if self.border is not None:
+            numbers = self.border.law(self.scale, self.zero_point, self.spec.qmin, self.spec.qmax)
+            return border_quantize(np.asarray(x, np.float32), numbers)
         return self._apply(law.quantize, x).astype(self.spec.container)
 
     def dequantize(self, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
@@ -110,7 +133,16 @@ class TensorQuantizer:
         """``dequantize(quantize(x))``, or the chosen codes' values when the quantizer holds codes."""
         if self.codes is not None:
             return self.dequantize(self.codes)
+        if self.table is not None:
+            return self.dequantize(self._levels(x))
+        if self.border is not None:
+            return self.dequantize(self.quantize(x))
         return self._apply(law.simulate, x)
+
+    def _levels(self, x: npt.NDArray[np.floating]) -> npt.NDArray[np.int8]:
+        assert self.table is not None
+        scale = law.along_axis(self.scale, x.ndim, self.spec.axis)
+        return nearest_levels(np.asarray(x, np.float32) / scale, self.table)
 
     def _apply(self, function: Callable[..., npt.NDArray[T]], x: npt.NDArray[np.floating]) -> npt.NDArray[T]:
         """``function`` of ``x`` and all numbers: one of the laws that share their arguments."""
@@ -123,3 +155,24 @@ class TensorQuantizer:
             axis=self.spec.axis,
             half_away=self.spec.rounding is Rounding.HALF_AWAY,
         )
+
+
+def _table(spec: QuantSpec, table: npt.NDArray[np.int8] | None) -> npt.NDArray[np.int8] | None:
+    """The table that belongs to a spec.
+
+    Raises:
+        ValueError: If it is missing, or is not that of the spec.
+    """
+    if not spec.has_table:
+        if table is not None:
+            raise ValueError("uniform codes have no table")
+        return None
+    if spec.code_book is CodeBook.POST:
+        if table is not None and not np.array_equal(table, post_table(spec.bits)):
+            raise ValueError("the POST lattice has a table of its own")
+        return post_table(spec.bits)
+    if table is None or table.dtype != np.int8 or table.shape != (1 << spec.bits,):
+        raise ValueError(f"a learned code book of {spec.bits} bits needs {1 << spec.bits} int8 levels")
+    if (np.diff(table.astype(np.int16)) < 0).any():
+        raise ValueError("the levels of a table are sorted")
+    return table

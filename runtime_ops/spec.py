@@ -11,12 +11,17 @@ A ``b``-bit code ``q`` is an integer in ``[qmin, qmax]``; the real value that it
 
 Codes of fewer than 8 bits are stored in 8-bit containers (onnxruntime then runs integer kernels) or,
 on request, in ONNX's INT4 / UINT4.
+
+A weight with a code book (:mod:`postquant.runtime_ops.code_book`) has ``2^b`` values, which are int8 levels in units of
+its scale. What is called its codes in Python are these levels: they are an int8 weight's codes, in ``[-128, 127]``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+
+from postquant.runtime_ops.code_book import CODE_BITS, CodeBook
 
 
 class Rounding(enum.Enum):
@@ -38,6 +43,7 @@ class QuantSpec:
         narrow: Whether the most negative code is left out, so that the range is symmetric.
         power_of_two: Whether scales are restricted to powers of two.
         rounding: How ties are rounded.
+        code_book: Which values exist; other books than the uniform one are for signed symmetric weights of 2 or 4 bits.
 
     Raises:
         ValueError: If the combination does not exist.
@@ -50,6 +56,7 @@ class QuantSpec:
     narrow: bool = False
     power_of_two: bool = False
     rounding: Rounding = Rounding.HALF_EVEN
+    code_book: CodeBook = CodeBook.UNIFORM
 
     def __post_init__(self) -> None:
         if self.bits not in (*range(2, 9), 16):
@@ -58,10 +65,19 @@ class QuantSpec:
             raise ValueError("a narrow range exists only for signed symmetric codes")
         if self.axis is not None and not self.symmetric:
             raise ValueError("scales per channel are symmetric: onnxruntime fuses nothing else")
+        if self.has_table and (self.bits not in CODE_BITS or not (self.signed and self.symmetric)):
+            raise ValueError("a code book exists only for signed symmetric codes of 2 or 4 bits")
+
+    @property
+    def has_table(self) -> bool:
+        """Whether codes are int8 levels of a table."""
+        return self.code_book is not CodeBook.UNIFORM
 
     @property
     def qmin(self) -> int:
         """Smallest code."""
+        if self.has_table:
+            return -128
         if not self.signed:
             return 0
         return -(1 << (self.bits - 1)) + (1 if self.narrow else 0)
@@ -69,6 +85,8 @@ class QuantSpec:
     @property
     def qmax(self) -> int:
         """Largest code."""
+        if self.has_table:
+            return 127
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
     @property
@@ -79,7 +97,7 @@ class QuantSpec:
     @property
     def fills_container(self) -> bool:
         """Whether saturation to the container is saturation to ``[qmin, qmax]``."""
-        return self.bits in (8, 16) and not self.narrow
+        return self.has_table or (self.bits in (8, 16) and not self.narrow)
 
     def to_json(self) -> dict[str, object]:
         """The spec as JSON values; :meth:`from_json` reads it back."""
@@ -91,6 +109,7 @@ class QuantSpec:
             "narrow": self.narrow,
             "power_of_two": self.power_of_two,
             "rounding": self.rounding.value,
+            "code_book": self.code_book.value,
         }
 
     @classmethod
@@ -98,4 +117,7 @@ class QuantSpec:
         """The inverse of :meth:`to_json`."""
         values = dict(data)
         values["rounding"] = Rounding(values["rounding"])
+        values["code_book"] = CodeBook(
+            values.get("code_book", CodeBook.UNIFORM.value)
+        )  # plans of version 0.1 have none
         return cls(**values)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from postquant.pipeline.config import ImageConfig, Method, Objective, OverrideConfig, QuantConfig
     from postquant.pipeline.ort_compat import quantize_static
     from postquant.pipeline.report import Report
+    from postquant.pipeline.runtime import session
     from postquant.runtime_ops.errors import (
         CalibrationError,
         ConfigError,
@@ -42,6 +43,7 @@ __all__ = [
     "VerificationError",
     "quantize",
     "quantize_static",
+    "session",
 ]
 
 _HOMES = {
@@ -51,6 +53,7 @@ _HOMES = {
     "postquant.pipeline.config": ("ImageConfig", "Method", "Objective", "OverrideConfig", "QuantConfig"),
     "postquant.pipeline.ort_compat": ("quantize_static",),
     "postquant.pipeline.report": ("Report",),
+    "postquant.pipeline.runtime": ("session",),
     "postquant.runtime_ops.errors": (
         "CalibrationError",
         "ConfigError",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from postquant.calib.compensated_rounding import DAMPING, compensate, compensated_codes
+from postquant.calib.compensated_rounding import DAMPING, Compensation, compensate
 from postquant.calib.moments import Moments, MomentSums
 from postquant.calib.weight_search import SearchOptions, WeightProblem, problem_of, quantize_matrix, search_weight
 
@@ -31,6 +31,10 @@ def slow_gptq(weights: Doubles, scale: Doubles, moments: Doubles, qmin: int, qma
         for position, other in enumerate(order, start=1):
             work[other] -= (work[k] - codes[k]) * inverse[0, position] / inverse[0, 0]
     return codes
+
+
+def compensated_codes(matrix: Array, scale: Array, square: Doubles, qmin: int, qmax: int, *, block: int = 64) -> Array:
+    return Compensation(square, block=block).round(matrix / scale, lambda ratio: np.clip(np.rint(ratio), qmin, qmax))
 
 
 def error_of(case: Any, codes: Array, scale: Array) -> Doubles:
@@ -171,5 +175,42 @@ def test_moments_that_tell_nothing_round_to_nearest(moment: float) -> None:
     rng = np.random.default_rng(0)
     matrix = rng.normal(size=(1, 6, 4)).astype(np.float32)
     scale = np.full((1, 1, 4), 0.1, np.float32)
-    found = compensated_codes(matrix, scale, np.full((1, 6, 6), moment), -127, 127)
+    found = Compensation(np.full((1, 6, 6), moment)).round(matrix / scale, lambda r: np.clip(np.rint(r), -127, 127))
     np.testing.assert_array_equal(found, np.clip(np.rint(matrix / scale), -127, 127))
+
+
+def table_nearest(table: list[int]) -> Any:
+    """Nearest entries, by trying all."""
+    levels = np.array(table, np.float32)
+    return lambda ratio: levels[np.abs(ratio[..., np.newaxis] - levels).argmin(-1)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block", [1, 4, 64])
+def test_descent_never_hurts_and_ends_where_no_single_code_helps(layer_case: Any, kind: str, block: int) -> None:
+    case = layer_case(kind, count=100)
+    matrix, square = case.layer.matrix(case.weight), case.moments().square
+    table = [-9, -4, -2, 0, 1, 3, 6, 10]
+    scale = (np.abs(matrix).max(axis=1, keepdims=True) / 10).astype(np.float32)
+    nearest = table_nearest(table)
+    start = nearest(matrix / scale)
+    found = Compensation(square, block=block).descend(matrix / scale, start, nearest, sweeps=50)
+    before, after = error_of(case, start, scale), error_of(case, found, scale)
+    assert (after <= before * (1 + 1e-5)).all()
+    assert after.sum() < 0.9 * before.sum()
+    assert np.isin(found, table).all()
+    for k in range(matrix.shape[1]):
+        for level in table:
+            other = found.copy()
+            other[:, k] = level
+            assert (error_of(case, other, scale) >= after * (1 - 1e-4)).all()
+
+
+def test_descent_leaves_alone_what_nothing_hears(layer_case: Any) -> None:
+    case = layer_case("depthwise")
+    square = case.moments().square
+    square[2] = 0
+    matrix = case.layer.matrix(case.weight)
+    start = np.rint(matrix * 3)
+    found = Compensation(square).descend(matrix * 3, start, lambda ratio: np.clip(np.rint(ratio), -7, 7), sweeps=5)
+    np.testing.assert_array_equal(found[2], start[2])

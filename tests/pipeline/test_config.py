@@ -40,6 +40,8 @@ def test_every_key_can_be_read_from_a_file(tmp_path: pathlib.Path) -> None:
     content = """
         wbits = 4
         abits = 7
+        weights = "int"
+        depthwise_bits = 6
         method = "percentile"
         seed = 3
         threads = 1

@@ -1,4 +1,4 @@
-"""Runs one kernel or one quantize-dequantize group on onnxruntime, for comparison with its NumPy law."""
+"""Runs one kernel, quantize-dequantize group or operator of ours elsewhere, for comparison with its NumPy law."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
+from postquant.runtime_ops import ops
 from postquant.runtime_ops.integer import Affine
+from postquant.runtime_ops.schema import DOMAIN, VERSION
 
 Quantized = tuple[npt.NDArray[Any], Affine]
 
@@ -156,3 +159,97 @@ class Kernels:
 def kernels() -> Kernels:
     """onnxruntime's kernels."""
     return Kernels()
+
+
+class Operators:
+    """Models of one node of ``ai.postquant``, and what each runner makes of them."""
+
+    def model(
+        self,
+        name: str,
+        x: npt.NDArray[Any],
+        constants: Mapping[str, npt.NDArray[Any]],
+        attributes: Mapping[str, Any],
+        *,
+        opset: int = 21,
+        functions: bool = True,
+        stored: bool = False,
+    ) -> onnx.ModelProto:
+        """A model of one node with a dynamic first dimension.
+
+        Args:
+            name: The operator.
+            x: What it will be fed.
+            constants: All other inputs, by name.
+            attributes: All attributes.
+            opset: Version of the standard operators.
+            functions: Whether the model carries the operator's function body.
+            stored: Whether float values are quantized in front of the node and dequantized behind it, with the node's
+                own numbers, so that onnxruntime sees codes between other operators, as in a whole network.
+        """
+        operator = ops.operator(name)
+        schema = operator.schema()
+        first, *rest = [p.name for p in schema.inputs]
+        outputs = [p.name for p in schema.outputs]
+        assert list(constants) == rest
+        nodes = [helper.make_node(name, [first, *rest], outputs, domain=DOMAIN, **attributes)]
+        kinds = [
+            int(onnx.TensorProto.FLOAT if "float" in p.type_str else onnx.TensorProto.UINT8) for p in schema.outputs
+        ]
+        kind = int(helper.np_dtype_to_tensor_dtype(x.dtype))
+        if schema.outputs[0].type_str == "T":
+            kinds[0] = kind
+        if stored:
+            nodes[0].input[0], nodes[0].output[0] = "codes_in", "codes_out"
+            nodes.insert(0, helper.make_node("QuantizeLinear", [first, *rest[:2]], ["codes_in"]))
+            nodes.append(helper.make_node("DequantizeLinear", ["codes_out", *rest[-2:]], outputs[:1]))
+            kind = kinds[0] = int(onnx.TensorProto.FLOAT)
+        shape = ["N", *x.shape[1:]]
+        shapes: list[Any] = [["N", *(f"y{i}" for i in range(1, x.ndim))] if "Lut" in name else shape, ["N"]]
+        graph = helper.make_graph(
+            nodes,
+            "one_node",
+            [helper.make_tensor_value_info(first, kind, shape)],
+            [helper.make_tensor_value_info(o, k, s) for o, k, s in zip(outputs, kinds, shapes, strict=False)],
+            [numpy_helper.from_array(np.asarray(array), key) for key, array in constants.items()],
+        )
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, VERSION)],
+            functions=ops.functions_for([name], opset=opset) if functions else [],
+            ir_version=10,
+        )
+        onnx.checker.check_model(model, full_check=functions)
+        return model
+
+    def on_onnxruntime(
+        self, model: onnx.ModelProto, x: npt.NDArray[Any], *, optimize: bool = True
+    ) -> tuple[list[npt.NDArray[Any]], set[str]]:
+        """All outputs of a stock onnxruntime, and the types of the nodes that it ran."""
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = 1
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        with tempfile.TemporaryDirectory() as folder:
+            optimized = pathlib.Path(folder) / "optimized.onnx"
+            options.optimized_model_filepath = str(optimized)
+            session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            kernels = {node.op_type for node in onnx.load(optimized).graph.node}
+        return session.run(None, {model.graph.input[0].name: x}), kernels
+
+    def on_evaluator(
+        self, model: onnx.ModelProto, x: npt.NDArray[Any], *, reference: bool = False
+    ) -> list[npt.NDArray[Any]]:
+        """All outputs of onnx's ReferenceEvaluator: of the function body, or of the registered reference."""
+        if reference:
+            model = onnx.ModelProto.FromString(model.SerializeToString())
+            del model.functions[:]
+        evaluator = ReferenceEvaluator(model, new_ops=ops.reference_classes() if reference else None)
+        return list(evaluator.run(None, {model.graph.input[0].name: x}))
+
+
+@pytest.fixture(scope="session")
+def operators() -> Operators:
+    """Models of single operators of ``ai.postquant``."""
+    return Operators()

@@ -1,4 +1,4 @@
-"""The native library: found, loaded by onnxruntime, harmless while empty, clean under sanitizers."""
+"""The native library: found, loaded by onnxruntime, its entry point clean under sanitizers."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ from postquant.runtime_ops import library
 
 CSRC = pathlib.Path(__file__).resolve().parents[2] / "runtime_ops" / "csrc"
 
-# An operator of our domain that the (empty) library does not implement, with its definition.
+# An operator of our domain that the library does not implement, with its definition.
 MODEL = """
 <ir_version: 8, opset_import: ["" : 17, "ai.postquant" : 1]>
 agraph (float[N] x) => (float[N] y)

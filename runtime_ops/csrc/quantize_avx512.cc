@@ -1,0 +1,8 @@
+// The kernels of quantize_kernels.h for AVX-512 F, BW, DQ and VL.
+#include "quantize_body.h"
+
+namespace postquant::quantize {
+
+const Kernels& Avx512Kernels() { return kKernels; }
+
+}  // namespace postquant::quantize

@@ -1,0 +1,18 @@
+// The table of quantize_kernels.h, made anew in each translation unit that includes this.
+#ifndef POSTQUANT_CSRC_QUANTIZE_BODY_H_
+#define POSTQUANT_CSRC_QUANTIZE_BODY_H_
+
+#include "adaptive_body.h"
+#include "border_body.h"
+#include "quantize_kernels.h"
+
+namespace postquant::quantize {
+namespace {
+
+constexpr Kernels kKernels = {PoolAnyFloat, PoolCodes, Quantize, Requantize, Border, Residual, SpreadRows,
+                              GatherRows,   Window,    Mix,      Limit,      Combine, Decide};
+
+}  // namespace
+}  // namespace postquant::quantize
+
+#endif  // POSTQUANT_CSRC_QUANTIZE_BODY_H_

@@ -1,0 +1,90 @@
+// Element-wise parts of AdaptiveQuantize, AdaptiveRequantize and BorderQuantize, compiled per instruction set.
+//
+// Nothing here throws, allocates, makes threads or knows onnxruntime. Every set gives the same bits, except the order
+// in which `pool_float` adds up float64 numbers.
+#ifndef POSTQUANT_CSRC_QUANTIZE_KERNELS_H_
+#define POSTQUANT_CSRC_QUANTIZE_KERNELS_H_
+
+#include <cstddef>
+#include <cstdint>
+
+namespace postquant::quantize {
+
+// Statistics of some elements.
+struct Moments {
+  double sum;
+  double squares;
+  double largest;  // magnitude
+};
+
+// y = clip(round_half_even(x / step) + zero_point, low, high); 0 <= low <= high <= 255.
+struct CodeRange {
+  std::int32_t zero_point;
+  std::int32_t low;
+  std::int32_t high;
+};
+
+// The border of one channel. `levels` of 1: the same for all integer parts.
+struct ChannelBorder {
+  const float* table;  // [levels]
+  std::int32_t levels;
+  float window_scale;
+  float across_scale;
+};
+
+// Sums of residuals around one row of outputs; null where there are none.
+struct Neighbours {
+  const std::int16_t* window;
+  const float* across;
+};
+
+// `window`, `mix`, `combine` and those that move rows work on whole groups of this many points: what they read and
+// write may reach less than a group beyond the last point. `spread_rows` writes nothing beyond its last row.
+constexpr std::size_t kPadding = 32;
+
+struct Kernels {
+  // Adaptive*. `squares` and `largest` are computed if asked for.
+  void (*pool_float)(const float* x, std::size_t count, bool squares, bool largest, Moments* out);
+  // Exact: integers, of codes minus `zero_point`.
+  void (*pool_codes)(const std::uint8_t* x, std::size_t count, std::int32_t zero_point, Moments* out);
+  void (*quantize)(const float* x, std::size_t count, float step, const CodeRange& range, std::uint8_t* y);
+  // The same for x = (code - x_zero_point) * x_scale.
+  void (*requantize)(const std::uint8_t* x, std::size_t count, float x_scale, std::int32_t x_zero_point, float step,
+                     const CodeRange& range, std::uint8_t* y);
+
+  // BorderQuantize. `range` limits the codes; ratio = clip(x / scale, low - zero_point, high - zero_point).
+  void (*border)(const float* x, std::size_t count, float scale, const CodeRange& range, const ChannelBorder& border,
+                 std::uint8_t* y);
+  // ratio, and its residual in units of 1 / 128.
+  void (*residual)(const float* x, std::size_t count, float scale, const CodeRange& range, float* ratio,
+                   std::int16_t* residual);
+  // Rows of `width` elements, one after the other, moved `stride` >= width apart with zeros between them; and back.
+  void (*spread_rows)(const std::int16_t* from, std::size_t width, std::size_t rows, std::size_t stride,
+                      std::int16_t* to);
+  void (*gather_rows)(const std::int16_t* from, std::size_t width, std::size_t rows, std::size_t stride,
+                      std::int16_t* to);
+  // sums[p] = sum over i < rows, j < columns of weights[i * columns + j] * residual[p + i * stride + j], p < count.
+  void (*window)(const std::int16_t* residual, std::size_t stride, const std::int8_t* weights, std::size_t rows,
+                 std::size_t columns, std::size_t count, std::int16_t* sums);
+  // sums[r * sums_step + p] = sum over c < channels of weights[r * channels + c] * residual[c * step + p], r < rank.
+  void (*mix)(const std::int16_t* residual, std::size_t step, const std::int8_t* weights, std::size_t channels,
+              std::size_t rank, std::size_t count, float* sums, std::size_t sums_step);
+  // sums[p] = clip(round_half_even(scale * sums[p]), -127, 127)
+  void (*limit)(std::size_t count, float scale, float* sums);
+  // sums[p] = sum over r of weights[r] * inner[r * stride + p]
+  void (*combine)(const float* inner, std::size_t stride, const std::int8_t* weights, std::size_t rank,
+                  std::size_t count, float* sums);
+  void (*decide)(const float* ratio, std::size_t count, const CodeRange& range, const ChannelBorder& border,
+                 const Neighbours& neighbours, std::uint8_t* y);
+};
+
+const Kernels& BaselineKernels();
+const Kernels& Avx2Kernels();
+const Kernels& Avx512Kernels();
+
+// Those of the instruction set in use.
+const Kernels& SelectedKernels();
+
+}  // namespace postquant::quantize
+
+#endif  // POSTQUANT_CSRC_QUANTIZE_KERNELS_H_

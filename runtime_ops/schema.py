@@ -1,0 +1,102 @@
+"""What the ONNX schemas of the operators have in common.
+
+They are for whoever wants onnx itself to know the operators (``onnx.defs.register_schema``); nothing registers them by
+itself, because every emitted model carries function bodies, from which onnx infers types and shapes too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx
+from onnx.defs import OpSchema
+from onnx.shape_inference import InferenceContext, InferenceError
+
+DOMAIN = "ai.postquant"
+VERSION = 1
+
+Dim = int | str | None
+
+
+def make_schema(
+    name: str,
+    doc: str,
+    *,
+    inputs: Sequence[tuple[str, str, str]],
+    outputs: Sequence[tuple[str, str, str]],
+    attributes: Sequence[tuple[str, OpSchema.AttrType, str]],
+    types: dict[str, list[str]],
+    infer: Callable[[InferenceContext], None],
+) -> OpSchema:
+    """A schema of version 1 whose inputs are all present and whose attributes are all written.
+
+    Args:
+        name: The operator.
+        doc: What it computes, in one sentence.
+        inputs: Name, type and description of each.
+        outputs: Name, type and description of each.
+        attributes: Name, type and description of each.
+        types: Type variables and what they stand for.
+        infer: Type and shape inference.
+    """
+    schema = OpSchema(
+        name,
+        DOMAIN,
+        VERSION,
+        doc,
+        inputs=[OpSchema.FormalParameter(n, t, description=d) for n, t, d in inputs],
+        outputs=[OpSchema.FormalParameter(n, t, description=d) for n, t, d in outputs],
+        type_constraints=[(n, allowed, "") for n, allowed in types.items()],
+        attributes=[OpSchema.Attribute(n, kind, d, required=True) for n, kind, d in attributes],
+    )
+    schema.set_type_and_shape_inference_function(infer)
+    return schema
+
+
+# -- inference -----------------------------------------------------------------------------------------------------
+
+
+def ints_of(context: InferenceContext, name: str) -> list[int]:
+    """An integer attribute (one number) or an attribute of integers.
+
+    Raises:
+        InferenceError: If it is missing.
+    """
+    attribute = context.get_attribute(name)
+    if attribute is None:
+        raise InferenceError(f"attribute {name} is missing")
+    if attribute.type == onnx.AttributeProto.INT:
+        return [int(attribute.i)]
+    return [int(v) for v in attribute.ints]
+
+
+def dims_of(context: InferenceContext, index: int) -> list[Dim] | None:
+    """The dimensions of an input (None for one that is not known), or None where its rank is not known."""
+    kind = context.get_input_type(index)
+    if not kind.tensor_type.HasField("shape"):
+        return None
+    return [
+        d.dim_value if d.HasField("dim_value") else (d.dim_param if d.HasField("dim_param") else None)
+        for d in kind.tensor_type.shape.dim
+    ]
+
+
+def set_output(context: InferenceContext, index: int, element: int, dims: Sequence[Dim] | None) -> None:
+    """Sets type and, where the rank is known, shape of an output."""
+    kind = onnx.TypeProto()
+    kind.tensor_type.elem_type = element
+    if dims is not None:
+        kind.tensor_type.shape.Clear()
+        for dim in dims:
+            new = kind.tensor_type.shape.dim.add()
+            if isinstance(dim, int):
+                new.dim_value = dim
+            elif dim:
+                new.dim_param = dim
+    context.set_output_type(index, kind)
+
+
+def element_of(context: InferenceContext, index: int) -> int:
+    """Element type of an input."""
+    kind = context.get_input_type(index)
+    return int(kind.tensor_type.elem_type)

@@ -1,0 +1,114 @@
+"""ONNX schemas of AdaptiveQuantize, AdaptiveRequantize and BorderQuantize."""
+
+from __future__ import annotations
+
+from onnx import TensorProto
+from onnx.defs import OpSchema
+from onnx.shape_inference import InferenceContext, InferenceError
+
+from postquant.runtime_ops.schema import dims_of, ints_of, make_schema, set_output
+
+_FLOAT = "tensor(float)"
+_UINT8 = "tensor(uint8)"
+_INT8 = "tensor(int8)"
+
+_NETWORK = [
+    ("step", _FLOAT, "Scalar, > 0: the step at beta = 1."),
+    ("zero_point", _UINT8, "Scalar: zero point of the codes."),
+    ("w1", _FLOAT, "(H, F): first layer; F statistics."),
+    ("b1", _FLOAT, "(H,)."),
+    ("w2", _FLOAT, "(1, H): second layer."),
+    ("b2", _FLOAT, "(1,)."),
+]
+_CODE_RANGE = [
+    ("qmin", OpSchema.AttrType.INT, "Smallest code, at least 0."),
+    ("qmax", OpSchema.AttrType.INT, "Largest code, at most 255."),
+]
+_STEP_ATTRIBUTES = [
+    ("features", OpSchema.AttrType.INT, "Sum of 1 (channel means), 2 (standard deviation), 4 (largest magnitude)."),
+    ("beta_min", OpSchema.AttrType.FLOAT, "Smallest factor of the step, > 0."),
+    ("beta_max", OpSchema.AttrType.FLOAT, "Largest factor of the step."),
+    *_CODE_RANGE,
+]
+_STEP_OUTPUTS = [
+    ("codes", _UINT8, "The shape of x."),
+    ("step_out", _FLOAT, "(N,): the step of each sample."),
+]
+
+
+def adaptive_quantize() -> OpSchema:
+    """The schema of AdaptiveQuantize."""
+    return make_schema(
+        "AdaptiveQuantize",
+        "Quantizes each sample with a step computed from its pooled statistics.",
+        inputs=[("x", _FLOAT, "(N, C, ...)."), *_NETWORK],
+        outputs=_STEP_OUTPUTS,
+        attributes=_STEP_ATTRIBUTES,
+        types={},
+        infer=_infer_adaptive,
+    )
+
+
+def adaptive_requantize() -> OpSchema:
+    """The schema of AdaptiveRequantize."""
+    return make_schema(
+        "AdaptiveRequantize",
+        "Quantizes codes again, each sample with a step computed from its pooled statistics.",
+        inputs=[
+            ("x", _UINT8, "(N, C, ...)."),
+            ("x_scale", _FLOAT, "Scalar."),
+            ("x_zero_point", _UINT8, "Scalar."),
+            *_NETWORK,
+        ],
+        outputs=_STEP_OUTPUTS,
+        attributes=_STEP_ATTRIBUTES,
+        types={},
+        infer=_infer_adaptive,
+    )
+
+
+def border_quantize() -> OpSchema:
+    """The schema of BorderQuantize."""
+    return make_schema(
+        "BorderQuantize",
+        "Quantizes with a rounding border that depends on the value and on the residuals around it.",
+        inputs=[
+            ("x", _FLOAT, "(N, C), (N, C, L) or (N, C, H, W)."),
+            ("scale", _FLOAT, "Scalar, > 0."),
+            ("zero_point", _UINT8, "Scalar."),
+            ("border", _FLOAT, "(C, 1), or (C, qmax - qmin + 1): one per integer part."),
+            ("window", _INT8, "(C, kh, kw), odd sizes: coefficients of the residuals around a value."),
+            ("window_scale", _FLOAT, "(C,)."),
+            ("left", _INT8, "(R, C): coefficients of the residuals of all channels at a point."),
+            ("left_scale", _FLOAT, "(R,)."),
+            ("right", _INT8, "(C, R)."),
+            ("right_scale", _FLOAT, "(C,)."),
+        ],
+        outputs=[("y", _UINT8, "The shape of x.")],
+        attributes=[("channels", OpSchema.AttrType.INT, "C."), *_CODE_RANGE],
+        types={},
+        infer=_infer_border,
+    )
+
+
+def _infer_adaptive(context: InferenceContext) -> None:
+    _check_range(context)
+    dims = dims_of(context, 0)
+    if dims is not None and len(dims) < 2:
+        raise InferenceError("the input of an adaptive step has samples and channels")
+    set_output(context, 0, TensorProto.UINT8, dims)
+    set_output(context, 1, TensorProto.FLOAT, [None if dims is None else dims[0]])
+
+
+def _infer_border(context: InferenceContext) -> None:
+    _check_range(context)
+    dims, channels = dims_of(context, 0), ints_of(context, "channels")[0]
+    if dims is not None and (len(dims) not in (2, 3, 4) or (isinstance(dims[1], int) and dims[1] != channels)):
+        raise InferenceError(f"BorderQuantize of {channels} channels does not read shape {dims}")
+    set_output(context, 0, TensorProto.UINT8, dims)
+
+
+def _check_range(context: InferenceContext) -> None:
+    low, high = ints_of(context, "qmin")[0], ints_of(context, "qmax")[0]
+    if not 0 <= low < high <= 255:
+        raise InferenceError(f"codes from {low} to {high} are no range within 0 to 255")

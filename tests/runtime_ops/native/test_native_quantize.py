@@ -1,0 +1,126 @@
+"""AdaptiveQuantize, AdaptiveRequantize and BorderQuantize equal the NumPy law on every instruction set."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+if TYPE_CHECKING:
+    from tests.runtime_ops.native.conftest import Native, Node, Nodes
+
+SETS = ["baseline", "neondot", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx", ""]
+
+
+def adaptive_nodes(nodes: Nodes) -> dict[str, Node]:
+    """Cases of both adaptive operators: sets of statistics, sizes around vectors, one point per channel."""
+    rng = np.random.default_rng(1)
+    made = {}
+    for requantize in (False, True):
+        tag = "requantize" if requantize else "quantize"
+        for features in range(1, 8):
+            made[f"{tag}_{features}"] = nodes.adaptive(rng, features=features, requantize=requantize)
+        for index, shape in enumerate([(3, 4), (1, 1, 1), (2, 3, 31), (2, 3, 33), (1, 2, 257, 129), (4, 65, 5, 5, 2)]):
+            made[f"{tag}_shape{index}"] = nodes.adaptive(rng, shape=shape, requantize=requantize)
+        made[f"{tag}_narrow"] = nodes.adaptive(rng, requantize=requantize, qmin=3, qmax=18)
+    return made
+
+
+def border_nodes(nodes: Nodes) -> dict[str, Node]:
+    """Cases of BorderQuantize: with and without table, window, channels; planes around vectors and strips."""
+    rng = np.random.default_rng(2)
+    made = {}
+    shapes = {
+        "point": (3, 7),
+        "line": (2, 5, 37),
+        "small": (2, 3, 1, 2),
+        "plane": (2, 5, 19, 23),
+        "tall": (1, 2, 301, 257),
+    }
+    for name, shape in shapes.items():
+        for table in (False, True):
+            made[f"{name}_alone_{table}"] = nodes.border(rng, shape=shape, table=table)
+        made[f"{name}_window"] = nodes.border(rng, shape=shape, window=(3, 3))
+        made[f"{name}_wide"] = nodes.border(rng, shape=shape, window=(5, 3), zero_point=4, table=True)
+        made[f"{name}_flat"] = nodes.border(rng, shape=shape, window=(1, 5))
+        made[f"{name}_across"] = nodes.border(rng, shape=shape, rank=3)
+        made[f"{name}_both"] = nodes.border(rng, shape=shape, window=(5, 5), rank=2, zero_point=7, table=True)
+    made["wide_codes"] = nodes.border(rng, window=(3, 3), zero_point=128, qmax=255, table=True)
+    return made
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_adaptive_equals_the_law(native: Native, nodes: Nodes, isa: str, tmp_path: pathlib.Path) -> None:
+    made = adaptive_nodes(nodes)
+    native.check(native.run_apart(made, tmp_path, isa=isa, threads=(1, 2))[0], made)
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_border_equals_the_law(native: Native, nodes: Nodes, isa: str, tmp_path: pathlib.Path) -> None:
+    made = border_nodes(nodes)
+    native.check(native.run_apart(made, tmp_path, isa=isa, threads=(1, 2))[0], made)
+
+
+@pytest.mark.parametrize("optimize", [True, False])
+@pytest.mark.parametrize("op", ["lut_conv", "lut_matmul", "adaptive", "border"])
+def test_native_kernel_runs_not_the_body(
+    native: Native, nodes: Nodes, rng: np.random.Generator, tmp_path: pathlib.Path, op: str, optimize: bool
+) -> None:
+    node: Node = getattr(nodes, op)(rng)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(native.path))
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    ort.InferenceSession(node.model().SerializeToString(), options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(tmp_path / "optimized.onnx").graph
+    assert [n.op_type for n in graph.node] == [node.op]
+
+
+def test_more_channels_than_one_task_holds(native: Native, nodes: Nodes, rng: np.random.Generator) -> None:
+    for shape in ((2, 300, 17, 13), (1, 2064, 3, 3)):
+        for node in (
+            nodes.adaptive(rng, shape=shape, features=1),
+            nodes.border(rng, shape=shape, window=(3, 5), rank=5),
+            nodes.border(rng, shape=shape, window=(5, 1)),
+        ):
+            for output, expected in zip(native.run(node, threads=2), node.expected(), strict=True):
+                np.testing.assert_array_equal(output, expected)
+
+
+def test_quotients_next_to_ties(native: Native, nodes: Nodes, rng: np.random.Generator) -> None:
+    """Products with a reciprocal would round these differently: they are divided."""
+    node = nodes.adaptive(rng, shape=(1, 1, 64, 128), features=4).with_attributes(beta_min=1.0, beta_max=1.0)
+    for step in np.exp(rng.uniform(-9, 9, 40)).astype(np.float32):
+        ties = (np.arange(8192) % 255 + 0.5 - float(node.inputs["zero_point"])) * np.float64(step)
+        x = ties.astype(np.float32)
+        x = np.where(np.arange(8192) % 3 == 0, x, np.nextafter(x, np.float32(np.inf) * np.sign(rng.normal(size=8192))))
+        near = node.changed(x=x.astype(np.float32).reshape(1, 1, 64, 128), step=np.asarray(step, np.float32))
+        np.testing.assert_array_equal(native.run(near)[0], near.expected()[0])
+
+
+def test_steps_beyond_ordinary_floats(native: Native, nodes: Nodes, rng: np.random.Generator) -> None:
+    for step in (1e-45, 1e-38, 3e38):
+        for node in (nodes.adaptive(rng), nodes.adaptive(rng, requantize=True)):
+            odd = node.changed(step=np.asarray(step, np.float32)).with_attributes(beta_min=1.0, beta_max=1.0)
+            with np.errstate(over="ignore"):
+                law = odd.expected()
+            for output, expected in zip(native.run(odd), law, strict=True):
+                np.testing.assert_array_equal(output, expected)
+
+
+def test_values_that_are_not_finite(native: Native, nodes: Nodes, rng: np.random.Generator) -> None:
+    """Infinities saturate; what is not a number gives some code, not a crash."""
+    node = nodes.border(rng, shape=(1, 1, 1, 130), table=True)
+    x = node.inputs["x"].copy()
+    x[..., ::2], x[..., 1::4], x[..., 3::4] = np.nan, np.inf, -np.inf
+    codes = native.run(node.changed(x=x))[0]
+    assert codes[..., 1::4].min() == 15
+    assert codes[..., 3::4].max() == 0
+    adaptive = nodes.adaptive(rng, shape=(1, 1, 1, 130))
+    assert native.run(adaptive.changed(x=x))[0].shape == x.shape

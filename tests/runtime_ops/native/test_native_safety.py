@@ -1,0 +1,298 @@
+"""A malformed model never crashes the process: it fails with a sentence that names operator, node and input."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+if TYPE_CHECKING:
+    from tests.runtime_ops.native.conftest import Native, Node, Nodes
+
+BIG = 2**31 - 1
+FUZZ = settings(
+    max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def f32(*shape: int, value: float = 1.0) -> Any:
+    return np.full(shape, value, np.float32)
+
+
+# Operator, what is wrong, the changed inputs, words of the sentence.
+BAD_INPUTS: list[tuple[str, str, dict[str, Any], str]] = [
+    ("conv", "few code bytes", {"codes": np.zeros((5, 13), np.uint8)}, "input 3 (codes) has shape [5, 13]"),
+    ("conv", "many code bytes", {"codes": np.zeros((5, 15), np.uint8)}, "expected [5, 14]"),
+    ("conv", "few code rows", {"codes": np.zeros((4, 14), np.uint8)}, "(codes)"),
+    ("conv", "no codes", {"codes": np.zeros((0, 14), np.uint8)}, "(codes)"),
+    ("conv", "flat codes", {"codes": np.zeros(70, np.uint8)}, "(codes)"),
+    ("conv", "small table", {"table": np.zeros(15, np.int8)}, "input 4 (table) has shape [15], expected [16]"),
+    ("conv", "no table", {"table": np.zeros(0, np.int8)}, "(table)"),
+    ("conv", "few scales", {"w_scale": f32(4)}, "input 5 (w_scale) has shape [4], expected [5]"),
+    ("conv", "no scales", {"w_scale": f32(0)}, "(w_scale)"),
+    ("conv", "NaN scale", {"w_scale": f32(5, value=np.nan)}, "(w_scale) holds nan at position 0"),
+    ("conv", "infinite scale", {"w_scale": f32(5, value=np.inf)}, "(w_scale) holds inf"),
+    ("conv", "scale of 0", {"w_scale": f32(5, value=0)}, "expected finite numbers above 0"),
+    ("conv", "negative scale", {"x_scale": f32(value=-1)}, "(x_scale) holds -1"),
+    ("conv", "NaN step", {"y_scale": f32(value=np.nan)}, "(y_scale) holds nan"),
+    ("conv", "overflowing multiplier", {"y_scale": f32(value=1e-30), "x_scale": f32(value=1e30)}, "finite"),
+    ("conv", "many steps", {"x_scale": f32(2)}, "(x_scale) has shape [2], expected []"),
+    ("conv", "many zero points", {"y_zero_point": np.zeros(5, np.uint8)}, "(y_zero_point)"),
+    ("conv", "few biases", {"bias": np.zeros(3, np.int32)}, "input 6 (bias)"),
+    ("conv", "channels", {"x": np.zeros((1, 4, 7, 6), np.uint8)}, "(x) has shape [1, 4, 7, 6]"),
+    ("conv", "no channels", {"x": np.zeros((1, 0, 7, 6), np.uint8)}, "3 channels"),
+    ("conv", "small image", {"x": np.zeros((1, 3, 2, 6), np.uint8)}, "does not fit"),
+    ("conv", "no image", {"x": np.zeros((1, 3, 0, 0), np.uint8)}, "does not fit"),
+    ("conv", "three axes", {"x": np.zeros((1, 3, 7), np.uint8)}, "expected 4 axes"),
+    ("conv", "nine axes", {"x": np.zeros((1,) * 9, np.uint8)}, "9 axes"),
+    ("conv", "a scalar", {"x": np.zeros((), np.uint8)}, "(x)"),
+    ("matmul", "inner size", {"x": np.zeros((2, 8), np.uint8)}, "input 0 (a) has shape [2, 8], expected 7"),
+    ("matmul", "a scalar", {"x": np.zeros((), np.uint8)}, "(a) has shape []"),
+    ("matmul", "codes", {"codes": np.zeros((7, 5), np.uint8)}, "(codes)"),
+    ("matmul", "bias", {"bias": np.zeros((5, 1), np.int32)}, "(bias)"),
+    ("adaptive", "NaN step", {"step": f32(value=np.nan)}, "input 1 (step) holds nan"),
+    ("adaptive", "step of 0", {"step": f32(value=0)}, "(step)"),
+    ("adaptive", "columns", {"w1": f32(3, 8)}, "(w1) has 8 columns, expected 7"),
+    ("adaptive", "no hidden", {"w1": f32(0, 7), "b1": f32(0), "w2": f32(1, 0)}, "(w1)"),
+    ("adaptive", "flat layer", {"w1": f32(21)}, "(w1)"),
+    ("adaptive", "NaN layer", {"w1": f32(3, 7, value=np.nan)}, "(w1) holds nan"),
+    ("adaptive", "b1", {"b1": f32(4)}, "(b1)"),
+    ("adaptive", "w2", {"w2": f32(2, 3)}, "(w2)"),
+    ("adaptive", "b2", {"b2": f32(2)}, "(b2)"),
+    ("adaptive", "b2 of nothing", {"b2": f32(0)}, "(b2)"),
+    ("adaptive", "no channels", {"x": f32(2, 0, 3)}, "(x)"),
+    ("adaptive", "no points", {"x": f32(2, 5, 0)}, "(x)"),
+    ("adaptive", "no channel axis", {"x": f32(5)}, "(x)"),
+    ("requantize", "x_scale", {"x_scale": f32(value=np.inf)}, "input 1 (x_scale)"),
+    ("requantize", "x_zero_point", {"x_zero_point": np.zeros(2, np.uint8)}, "(x_zero_point)"),
+    ("border", "scale", {"scale": f32(value=0)}, "input 1 (scale)"),
+    ("border", "border columns", {"border": f32(5, 3)}, "(border) has shape [5, 3], expected [5, 16]"),
+    ("border", "NaN border", {"border": f32(5, 1, value=np.nan)}, "(border)"),
+    ("border", "even window", {"window": np.zeros((5, 2, 3), np.int8)}, "(window)"),
+    ("border", "no window", {"window": np.zeros((5, 0, 0), np.int8)}, "(window)"),
+    ("border", "window of -128", {"window": np.full((5, 1, 1), -128, np.int8)}, "(window) holds -128"),
+    ("border", "heavy window", {"window": np.full((5, 3, 3), 100, np.int8)}, "absolute sum of 900"),
+    ("border", "left columns", {"left": np.zeros((2, 4), np.int8)}, "(left)"),
+    ("border", "left scales", {"left": np.zeros((2, 5), np.int8)}, "(left_scale)"),
+    ("border", "right rows", {"right": np.zeros((4, 3), np.int8)}, "(right)"),
+    ("border", "rank", {"left": np.zeros((1041, 5), np.int8)}, "at most 1040"),
+    ("border", "right scales", {"right_scale": f32(5, value=np.inf)}, "(right_scale)"),
+    ("border", "channels", {"x": f32(2, 4, 6, 7)}, "5 channels"),
+    ("border", "five axes", {"x": f32(2, 5, 1, 1, 1)}, "2 to 4 axes"),
+    ("border", "a line", {"x": f32(5)}, "2 to 4 axes"),
+]
+
+BAD_ATTRIBUTES: list[tuple[str, dict[str, Any], str]] = [
+    ("conv", {"bits": 3}, "attribute 'bits' is 3"),
+    ("conv", {"bits": 8}, "attribute 'bits' is 8"),
+    ("conv", {"bits": None}, "attribute 'bits' is missing"),
+    ("conv", {"bits": "four"}, "attribute 'bits'"),
+    ("conv", {"bits": 4.0}, "attribute 'bits'"),
+    ("conv", {"group": 0}, "attribute 'group' is 0"),
+    ("conv", {"group": 3}, "attribute 'group' is 3"),
+    ("conv", {"group": BIG}, "attribute 'group'"),
+    ("conv", {"group": None}, "attribute 'group' is missing"),
+    ("conv", {"w_shape": [5, 3]}, "attribute 'w_shape' is [5, 3]"),
+    ("conv", {"w_shape": [5, 3, 3, 0]}, "attribute 'w_shape'"),
+    ("conv", {"w_shape": [5, 3, 3, -3]}, "attribute 'w_shape'"),
+    ("conv", {"w_shape": [BIG, BIG, BIG, BIG]}, "too large"),
+    ("conv", {"w_shape": [2**62, 3, 3, 3]}, "attribute 'w_shape'"),
+    ("conv", {"w_shape": [5, 3, 5, 5]}, "(codes)"),
+    ("conv", {"w_shape": None}, "attribute 'w_shape' is missing"),
+    ("conv", {"w_shape": 5}, "attribute 'w_shape'"),
+    ("conv", {"strides": [1, 0]}, "attribute 'strides' is [1, 0]"),
+    ("conv", {"strides": [1]}, "expected 2 numbers"),
+    ("conv", {"strides": None}, "attribute 'strides' is missing"),
+    ("conv", {"dilations": [1, -1]}, "attribute 'dilations'"),
+    ("conv", {"dilations": [BIG, BIG]}, "does not fit"),
+    ("conv", {"pads": [0, 0, 0]}, "attribute 'pads'"),
+    ("conv", {"pads": [0, 0, 0, -1]}, "attribute 'pads'"),
+    ("conv", {"pads": [2**62, 0, 0, 0]}, "attribute 'pads'"),
+    ("conv", {"pads": [BIG] * 4}, "too large"),
+    ("matmul", {"bits": 0}, "attribute 'bits'"),
+    ("matmul", {"w_shape": [5, 7, 1]}, "attribute 'w_shape'"),
+    ("matmul", {"w_shape": [5, 0]}, "attribute 'w_shape'"),
+    ("matmul", {"w_shape": [5, 9]}, "(codes)"),
+    ("adaptive", {"features": 0}, "attribute 'features' is 0"),
+    ("adaptive", {"features": 8}, "attribute 'features' is 8"),
+    ("adaptive", {"features": 1}, "(w1)"),
+    ("adaptive", {"beta_min": 0.0}, "beta_min"),
+    ("adaptive", {"beta_min": float("nan")}, "beta_min"),
+    ("adaptive", {"beta_max": 0.1}, "beta_max"),
+    ("adaptive", {"beta_max": float("inf")}, "beta_max"),
+    ("adaptive", {"beta_max": None}, "attribute 'beta_max' is missing"),
+    ("adaptive", {"qmin": -1}, "attribute 'qmin'"),
+    ("adaptive", {"qmin": 9, "qmax": 9}, "attribute 'qmax'"),
+    ("adaptive", {"qmax": 256}, "attribute 'qmax'"),
+    ("border", {"channels": 0}, "attribute 'channels'"),
+    ("border", {"channels": 4}, "expected [4, 16]"),
+    ("border", {"channels": BIG}, "BorderQuantize"),
+    ("border", {"qmin": 255}, "attribute 'qmin'"),
+    ("border", {"qmax": None}, "attribute 'qmax' is missing"),
+]
+
+
+def valid(nodes: Nodes, op: str) -> Node:
+    rng = np.random.default_rng(3)
+    if op == "conv":
+        return nodes.lut_conv(rng)
+    if op == "matmul":
+        return nodes.lut_matmul(rng)
+    if op == "border":
+        return nodes.border(rng, window=(3, 3), rank=3, table=True)
+    return nodes.adaptive(rng, requantize=op == "requantize")
+
+
+@pytest.mark.parametrize("op", ["conv", "matmul", "adaptive", "requantize", "border"])
+def test_the_unchanged_nodes_run(native: Native, nodes: Nodes, op: str) -> None:
+    node = valid(nodes, op)
+    for fed in ({"x"}, set(node.inputs)):
+        for output, expected in zip(native.run(node.changed(fed=fed)), node.expected(), strict=True):
+            np.testing.assert_array_equal(output, expected)
+
+
+@pytest.mark.parametrize("fed", [False, True], ids=["constant", "fed"])
+@pytest.mark.parametrize(("op", "what", "inputs", "words"), BAD_INPUTS, ids=lambda v: v if isinstance(v, str) else "")
+def test_bad_inputs(
+    native: Native, nodes: Nodes, op: str, what: str, inputs: dict[str, Any], words: str, fed: bool
+) -> None:
+    node = valid(nodes, op).changed(**inputs)
+    sentence = native.failure(node.changed(fed=set(node.inputs)) if fed else node)
+    assert words in sentence, what
+    assert node.op in sentence
+    assert "the_node" in sentence
+
+
+@pytest.mark.parametrize(("op", "attributes", "words"), BAD_ATTRIBUTES, ids=str)
+def test_bad_attributes(native: Native, nodes: Nodes, op: str, attributes: dict[str, Any], words: str) -> None:
+    node = valid(nodes, op).with_attributes(**attributes)
+    sentence = native.failure(node)
+    assert words in sentence
+    assert node.op in sentence
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs"),
+    [
+        ("conv", {"x": np.zeros((1, 3, 7, 6), np.float32)}),
+        ("conv", {"x_zero_point": np.zeros((), np.int8)}),
+        ("conv", {"y_zero_point": np.zeros((), np.int8)}),
+        ("conv", {"codes": np.zeros((5, 14), np.int8)}),
+        ("conv", {"table": np.zeros(16, np.uint8)}),
+        ("conv", {"bias": np.zeros(5, np.int64)}),
+        ("conv", {"w_scale": np.ones(5, np.float64)}),
+        ("conv", {"y_zero_point": None}),
+        ("adaptive", {"zero_point": np.zeros((), np.int8)}),
+        ("border", {"window": np.zeros((5, 3, 3), np.float32)}),
+        ("border", {"x": np.zeros((1, 5), np.uint8)}),
+    ],
+)
+def test_wrong_types_and_counts_are_refused(native: Native, nodes: Nodes, op: str, inputs: dict[str, Any]) -> None:
+    node = valid(nodes, op).changed(**inputs)
+    assert node.op in native.failure(node)
+
+
+def agree(native: Native, node: Node) -> None:
+    """The kernel gives what the law gives, or fails where the law fails."""
+    try:
+        expected = node.expected()
+    except Exception:  # noqa: BLE001 - a law may raise anything about nonsense
+        native.failure(node)
+        return
+    if any(0 in value.shape for value in expected):
+        try:
+            native.run(node)
+        except Exception:  # noqa: BLE001 - nothing to compare: an empty result or a sentence
+            return
+    for output, law in zip(native.run(node), expected, strict=True):
+        np.testing.assert_array_equal(output, law)
+
+
+small = st.integers(-1, 4)
+
+
+@FUZZ
+@given(data=st.data())
+def test_fuzz_convolution(native: Native, nodes: Nodes, data: st.DataObject) -> None:
+    draw = data.draw
+    rank, group = draw(st.sampled_from([1, 2])), draw(st.integers(1, 3))
+    size = st.integers(1, 5)
+    node = nodes.lut_conv(
+        np.random.default_rng(draw(st.integers(0, 9))),
+        w_shape=[group * draw(size), *(draw(size) for _ in range(rank + 1))],
+        spatial=[draw(st.integers(0, 9)) for _ in range(rank)],
+        batch=draw(st.integers(0, 2)),
+        group=group,
+        bits=draw(st.sampled_from([2, 4])),
+        dtype=draw(st.sampled_from([np.uint8, np.int8])),
+        strides=[draw(st.integers(1, 3)) for _ in range(rank)],
+        dilations=[draw(st.integers(1, 3)) for _ in range(rank)],
+        pads=[draw(st.integers(0, 3)) for _ in range(2 * rank)],
+    )
+    for name in draw(st.sets(st.sampled_from(["strides", "dilations", "pads", "w_shape"]), max_size=1)):
+        node = node.with_attributes(**{name: draw(st.lists(small, max_size=5))})
+    for name in draw(st.sets(st.sampled_from(["group", "bits"]), max_size=1)):
+        node = node.with_attributes(**{name: draw(small)})
+    agree(native, reshaped(node, draw))
+
+
+@FUZZ
+@given(data=st.data())
+def test_fuzz_matrix_product(native: Native, nodes: Nodes, data: st.DataObject) -> None:
+    draw = data.draw
+    node = nodes.lut_matmul(
+        np.random.default_rng(draw(st.integers(0, 9))),
+        outer=draw(st.lists(st.integers(0, 3), max_size=3)),
+        outputs=draw(st.integers(1, 70)),
+        inputs=draw(st.integers(1, 70)),
+        bits=draw(st.sampled_from([2, 4])),
+        dtype=draw(st.sampled_from([np.uint8, np.int8])),
+    )
+    agree(native, reshaped(node, draw))
+
+
+@FUZZ
+@given(data=st.data())
+def test_fuzz_adaptive(native: Native, nodes: Nodes, data: st.DataObject) -> None:
+    draw = data.draw
+    node = nodes.adaptive(
+        np.random.default_rng(draw(st.integers(0, 9))),
+        shape=[draw(st.integers(0, 2)), draw(st.integers(1, 4)), *draw(st.lists(st.integers(0, 9), max_size=3))],
+        features=draw(st.integers(1, 7)),
+        hidden=draw(st.integers(1, 3)),
+        requantize=draw(st.booleans()),
+    )
+    for name in draw(st.sets(st.sampled_from(["qmin", "qmax", "features"]), max_size=1)):
+        node = node.with_attributes(**{name: draw(st.integers(-1, 260))})
+    agree(native, reshaped(node, draw))
+
+
+@FUZZ
+@given(data=st.data())
+def test_fuzz_border(native: Native, nodes: Nodes, data: st.DataObject) -> None:
+    draw = data.draw
+    odd = st.sampled_from([1, 3, 5])
+    node = nodes.border(
+        np.random.default_rng(draw(st.integers(0, 9))),
+        shape=[draw(st.integers(0, 2)), draw(st.integers(1, 4)), *draw(st.lists(st.integers(0, 9), max_size=2))],
+        window=(draw(odd), draw(odd)),
+        rank=draw(st.integers(0, 3)),
+        table=draw(st.booleans()),
+        zero_point=draw(st.integers(0, 255)),
+        qmax=draw(st.sampled_from([3, 15, 255])),
+    )
+    for name in draw(st.sets(st.sampled_from(["qmin", "qmax", "channels"]), max_size=1)):
+        node = node.with_attributes(**{name: draw(st.integers(-1, 260))})
+    agree(native, reshaped(node, draw))
+
+
+def reshaped(node: Node, draw: Any) -> Node:
+    """Sometimes one input gets another shape."""
+    if draw(st.integers(0, 3)) > 0:
+        return node
+    name = draw(st.sampled_from(sorted(node.inputs)))
+    shape = draw(st.lists(st.integers(0, 4), max_size=4))
+    return node.changed(**{name: np.resize(node.inputs[name], shape).astype(node.inputs[name].dtype)})

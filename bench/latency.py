@@ -8,9 +8,9 @@ MatMulNBits in blocks of 32 and 128 at accuracy levels 0 and 4, and a look-up ta
 library and without it. Quantizers: ours beside QuantizeLinear on 1x64x56x56. Networks: any quantized file beside
 onnxruntime's own 8-bit version of the float model.
 
-Prints one JSON line per measurement; ``--markdown`` adds tables. On a machine with other work the least time ("best")
-is the number to read, and with two threads not even that where another process holds the second core. onnxruntime's
-own kernels always use the best instruction set of the machine: ``--isa`` holds back ours only.
+Prints one JSON line per measurement; ``--markdown`` adds tables of the fastest of each kind. On a machine with other
+work the least time ("best") is the number to read, and with two threads not even that where another process holds the
+second core. onnxruntime's own kernels always use the best instruction set of the machine: ``--isa`` holds back ours.
 """
 
 from __future__ import annotations
@@ -25,16 +25,14 @@ from typing import Any
 
 import numpy as np
 from accuracy import comma_separated
+from latency_table import PARTS, REFERENCES, markdown
 from layer_models import LAYERS, Forms, Layer
 from lines import add_output_options, write_lines
 from networks import network_contestants
 from quantizer_models import Quantizers
 from rounds import Contestant, Libraries, Runner, Times, compete
 
-PARTS = ["layers", "quantizers", "networks"]
 ISAS = ["baseline", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx", "neondot"]
-# Beginning of a contestant's name -> what ratios to the best such contestant are called.
-REFERENCES = {"fp32": "fp32", "int8": "int8", "MatMulNBits": "n_bits", "QuantizeLinear": "linear"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +65,7 @@ def layer_contest(layer: Layer, bits: list[int], isas: list[str]) -> Contest:
                 found.append(Contestant(name, forms.n_bits(block, accuracy), forms.feeds))
     for width in bits:
         forms = Forms(layer, width)
-        found += _with_and_without(f"LUT {width} bit", forms.look_up(), forms.feeds, isas)
+        found += Contestant.ours(f"LUT {width} bit", forms.look_up(), forms.feeds, isas)
     return Contest("layers", layer.name, found)
 
 
@@ -87,13 +85,8 @@ def quantizer_contest(isas: list[str]) -> Contest:
         "BorderQuantize, window 3x3 and rank 8": (models.border(window=3, rank=8), feeds),
     }
     for name, (model, inputs) in ours.items():
-        found += _with_and_without(name, model, inputs, isas)
+        found += Contestant.ours(name, model, inputs, isas)
     return Contest("quantizers", "1x64x56x56", found)
-
-
-def _with_and_without(name: str, model: bytes, feeds: dict[str, Any], isas: list[str]) -> list[Contestant]:
-    with_library = [Contestant(f"{name}, library{f' {isa}' if isa else ''}", model, feeds, isa) for isa in isas]
-    return [Contestant(f"{name}, no library", model, feeds), *with_library]
 
 
 def contests(options: argparse.Namespace, folder: pathlib.Path) -> Iterator[Contest]:
@@ -118,7 +111,11 @@ def measure(contest: Contest, threads: int, rounds: int, libraries: Libraries) -
     for contestant in contest.contestants:
         plural = "thread" if threads == 1 else "threads"
         line = {"part": contest.part, "model": contest.name, "setting": f"{threads} {plural}"}
-        lines[contestant.name] = line | {"quantizer": contestant.name}
+        lines[contestant.name] = line | {
+            "quantizer": contestant.name,
+            "subject": contestant.subject,
+            "way": contestant.way,
+        }
         try:
             runner = Runner(contestant, threads, libraries)
         except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions share no base class below Exception
@@ -137,40 +134,12 @@ def measure(contest: Contest, threads: int, rounds: int, libraries: Libraries) -
 def _numbers(name: str, times: dict[str, Times]) -> dict[str, Any]:
     own = times[name]
     found: dict[str, Any] = {"best_us": own.best * 1e6, "median_us": own.median * 1e6}
-    for beginning, label in REFERENCES.items():
+    for label, beginning in REFERENCES.items():
         references = [value for key, value in times.items() if key.startswith(beginning)]
         if references:
             found[f"{label}_best"] = min(r.best for r in references) / own.best
             found[f"{label}_median"] = 1 / own.ratio_to(min(references, key=lambda r: r.median))
     return found
-
-
-def markdown(results: list[dict[str, Any]]) -> str:
-    """One table per part."""
-    tables = []
-    for part in PARTS:
-        lines = [line for line in results if line["part"] == part]
-        labels = ["linear"] if part == "quantizers" else ["fp32", "int8", "n_bits"]
-        labels = [label for label in labels if any(f"{label}_best" in line for line in lines)]
-        if not lines:
-            continue
-        titles = {"linear": "time / QuantizeLinear", "fp32": "x fp32", "int8": "x int8", "n_bits": "x MatMulNBits"}
-        heads = ["", "threads", "", "best us", "median us"]
-        heads += [f"{titles[label]}{which}" for label in labels for which in ("", " (median)")]
-        rows = ["| " + " | ".join(heads) + " |", "|---|---:|---|" + "---:|" * (len(heads) - 3)]
-        for line in lines:
-            cells = [line["model"], line["setting"].split()[0], line["quantizer"]]
-            if "error" in line:
-                rows.append("| " + " | ".join([*cells, "failed", *[""] * (len(heads) - 4)]) + " |")
-                continue
-            cells += [f"{line['best_us']:.0f}", f"{line['median_us']:.0f}"]
-            for label in labels:
-                for which in ("best", "median"):
-                    ratio = line.get(f"{label}_{which}")
-                    cells.append("" if ratio is None else f"{1 / ratio if label == 'linear' else ratio:.2f}")
-            rows.append("| " + " | ".join(cells) + " |")
-        tables.append("\n".join(rows))
-    return "\n\n".join(tables)
 
 
 class _Network(argparse.Action):

@@ -101,12 +101,11 @@ class Forms:
 
     def qdq(self) -> bytes:
         """Quantize-dequantize pairs around it, u8 activations and s8 weights: QLinearConv, QGemm."""
-        per_channel = {"axis": 0}
         nodes = [
             helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"]),
             helper.make_node("DequantizeLinear", ["xq", "xs", "xz"], ["xr"]),
-            helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wr"], **per_channel),
-            helper.make_node("DequantizeLinear", ["b", "bs", "bz"], ["br"], **per_channel),
+            helper.make_node("DequantizeLinear", ["w", "ws", "wz"], ["wr"], axis=0),
+            helper.make_node("DequantizeLinear", ["b", "bs", "bz"], ["br"], axis=0),
             self._layer_node("xr", "wr", "br", "yr"),
             helper.make_node("QuantizeLinear", ["yr", "ys", "yz"], ["yq"]),
             helper.make_node("DequantizeLinear", ["yq", "ys", "yz"], ["y"]),
@@ -149,11 +148,12 @@ class Forms:
         """
         outputs, terms = self.layer.w_shape
         rng = np.random.default_rng(8)
-        constants = {
+        constants: dict[str, Array] = {
             "w": rng.integers(0, 256, (outputs, terms // block, block // 2)).astype(np.uint8),
             "ws": np.full((outputs, terms // block), 0.01, np.float32),
         }
-        attributes = {"K": terms, "N": outputs, "bits": 4, "block_size": block, "accuracy_level": accuracy}
+        attributes: dict[str, Any] = {"K": terms, "N": outputs, "bits": 4, "block_size": block}
+        attributes["accuracy_level"] = accuracy
         node = helper.make_node("MatMulNBits", ["x", *constants], ["y"], domain="com.microsoft", **attributes)
         return self._model([node], constants)
 
@@ -161,7 +161,7 @@ class Forms:
         """LutQLinearConv or LutQLinearMatMul between QuantizeLinear and DequantizeLinear."""
         operator = "LutQLinearConv" if self.layer.is_convolution else "LutQLinearMatMul"
         numbers = self._numbers()
-        constants = {
+        constants: dict[str, Array] = {
             "xs": numbers["xs"],
             "xz": numbers["xz"],
             "codes": pack_codes(self._codes, self.bits),

@@ -65,11 +65,5 @@ def network_contestants(
         result = work(Job("onnxruntime", str(floating), str(calibration), str(theirs), 8, 8))
         if "error" in result:
             raise SystemExit(f"onnxruntime cannot quantize {floating}: {result['error']}")
-    contestants = [
-        Contestant("fp32", floating, feeds[0]),
-        Contestant("int8, onnxruntime's own", theirs, feeds[0]),
-        Contestant("postquant, no library", quantized, feeds[0]),
-    ]
-    return contestants + [
-        Contestant(f"postquant, library{f' {isa}' if isa else ''}", quantized, feeds[0], isa) for isa in isas
-    ]
+    references = [Contestant("fp32", floating, feeds[0]), Contestant("int8, onnxruntime's own", theirs, feeds[0])]
+    return references + Contestant.ours("postquant", quantized, feeds[0], isas)

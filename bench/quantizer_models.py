@@ -51,8 +51,9 @@ class Quantizers:
             "w2": self._rng.normal(0, 0.05, (1, hidden)).astype(np.float32),
             "b2": np.ones(1, np.float32),
         }
-        source = {"x_scale": np.asarray(0.02, np.float32), "x_zero_point": np.asarray(0, np.uint8)}
-        constants = {**(source if from_codes else {}), **self._step(), **network}
+        constants: dict[str, Array] = {**self._step(), **network}
+        if from_codes:
+            constants = {"x_scale": np.asarray(0.02, np.float32), "x_zero_point": np.asarray(0, np.uint8), **constants}
         attributes = {"features": features, "beta_min": 0.5, "beta_max": 2.0, "qmin": 0, "qmax": _QMAX}
         return self._model("AdaptiveRequantize" if from_codes else "AdaptiveQuantize", constants, attributes)
 
@@ -71,7 +72,7 @@ class Quantizers:
             border = sigmoid_border(self._rng.normal(0, 0.3, (channels, 3)), 0, _QMAX)
         else:
             border = self._rng.uniform(0.4, 0.6, (channels, 1)).astype(np.float32)
-        constants = {
+        constants: dict[str, Array] = {
             **self._step(),
             "border": border,
             "window": taps,

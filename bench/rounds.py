@@ -29,16 +29,37 @@ class Contestant:
     """One way of running something.
 
     Attributes:
-        name: For the table.
+        subject: What is run: "fp32", "LUT 4 bit".
         model: The model: a serialized one, or a file.
         feeds: Input name -> value.
         isa: None: without our library; "": with it; else with it held to this instruction set.
+        is_ours: Whether its operators are ours, so that it can be run with the library and without.
     """
 
-    name: str
+    subject: str
     model: bytes | pathlib.Path
     feeds: Mapping[str, Any]
     isa: str | None = None
+    is_ours: bool = False
+
+    @property
+    def way(self) -> str:
+        """How it is run, or "" if it is not ours."""
+        if not self.is_ours:
+            return ""
+        return "no library" if self.isa is None else f"library {self.isa}".strip()
+
+    @property
+    def name(self) -> str:
+        """Subject and way."""
+        return ", ".join(part for part in (self.subject, self.way) if part)
+
+    @classmethod
+    def ours(
+        cls, subject: str, model: bytes | pathlib.Path, feeds: Mapping[str, Any], isas: Sequence[str]
+    ) -> list[Contestant]:
+        """A model without the library and with it, held to each of the instruction sets in turn."""
+        return [cls(subject, model, feeds, isa, is_ours=True) for isa in (None, *isas)]
 
 
 @dataclasses.dataclass(frozen=True)

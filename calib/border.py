@@ -66,6 +66,7 @@ class BorderChoice:
         start: Output error of the given plan.
         nearest: The least output error without borders.
         bordered: The least output error with borders.
+        sites: How many activations could have one.
         refused: Node name -> why it can have no border.
     """
 
@@ -76,6 +77,7 @@ class BorderChoice:
     start: Outcome
     nearest: Outcome
     bordered: Outcome
+    sites: int
     refused: Mapping[str, str]
 
 
@@ -134,7 +136,7 @@ def choose_borders(
     best_plain, best_edged = plain[-1], edged[-1]
     kept = best_edged[1].error < best_plain[1].error * 10 ** (-options.margin_db / 20)
     factor, _, chosen = best_edged if kept else best_plain
-    return BorderChoice(chosen, borders, kept, factor, plain[0][1], best_plain[1], best_edged[1], refused)
+    return BorderChoice(chosen, borders, kept, factor, plain[0][1], best_plain[1], best_edged[1], len(sites), refused)
 
 
 def borders_of(

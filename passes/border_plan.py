@@ -126,6 +126,7 @@ def wide(readers: list[TensorQuantizer]) -> TensorQuantizer:
     Args:
         readers: At least one.
 
+    >>> import numpy as np
     >>> from postquant.runtime_ops.spec import QuantSpec
     >>> narrow = TensorQuantizer(QuantSpec(4, signed=False, symmetric=False), np.float32(1.7), np.int32(3))
     >>> q = wide([narrow])

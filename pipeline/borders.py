@@ -15,7 +15,7 @@ from postquant.pipeline.config import Border
 from postquant.pipeline.job import Job
 from postquant.pipeline.stage_log import StageLog
 
-# A border costs about as much time as the convolution behind it, so that "auto" asks for this much.
+# A border costs more time than the convolution behind it, so that "auto" asks for this much.
 WORTH_DB = 1.0
 
 
@@ -60,7 +60,7 @@ def decide_borders(
             20 * math.log10(choice.nearest.error / max(choice.bordered.error, 1e-30)) if choice.nearest.error else 0.0
         )
         needed = f", {WORTH_DB:g} dB would be worth their run time" if wanted is Border.AUTO and not choice.kept else ""
-        detail = f"{len(choice.borders)} activations, {gain:.2f} dB better than without{needed}"
+        detail = f"{len(choice.borders)} of {choice.sites} activations, {gain:.2f} dB better than without{needed}"
         log.add("rounding borders", detail, kept=choice.kept, sqnr_db=choice.bordered.sqnr_db)
         if choice.kept:
             for name, found in choice.borders.items():

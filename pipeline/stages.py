@@ -1,6 +1,7 @@
 """The way of the data, once, from top to bottom: :func:`run_pipeline`.
 
-    simplify -> align inputs -> smooth -> place -> equalize -> ranges -> scale search -> biases -> emit -> verify
+    simplify -> align inputs -> smooth -> place -> equalize -> ranges -> scale search -> biases -> borders -> emit
+    -> verify
 
 A graph change is a pass on the model, a decision a function from plan to plan; the plan reaches the graph at *emit* and
 nowhere earlier. Techniques that may help or harm are kept only where the output error, measured on calibration samples

@@ -153,7 +153,7 @@ def test_the_output_error_falls_as_expected(kind: str) -> None:
     found = border_of(layer, weight, terms)
     assert found is not None
     x = rng.uniform(1, 14, (2, layer.in_channels, 24, 24)).astype(np.float32)
-    nearest = TensorQuantizer(QuantSpec(4, False, False), np.float32(1), np.int32(0))
+    nearest = TensorQuantizer(QuantSpec(4, False, False), np.array(1, np.float32), np.array(0, np.int32))
     bordered = TensorQuantizer(nearest.spec, nearest.scale, nearest.zero_point, border=found.border)
     errors = []
     for quantizer in (nearest, bordered):

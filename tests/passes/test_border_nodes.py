@@ -18,6 +18,7 @@ from postquant.passes.border_nodes import is_border
 from postquant.passes.border_plan import BorderSite, border_sites, with_border
 from postquant.passes.emit import emit
 from postquant.passes.plan import QuantPlan
+from postquant.passes.target import WeightStorage
 from postquant.runtime_ops.ops import reference_classes
 from postquant.runtime_ops.quantizer import TensorQuantizer
 from postquant.runtime_ops.spec import QuantSpec
@@ -124,23 +125,39 @@ def test_codes_are_the_law_and_everything_integer_stays_integer(
     for kernel in ("QLinearConv", "QGemm", "QLinearAdd"):
         assert after[kernel] == before[kernel]
     watched = emitted.clone()
-    names = {node.name for node in nodes}
-    for node in [node for node in watched.graph if node.name in names]:
-        watched.graph.outputs.extend([node.outputs[0], node.inputs[0]])
+    places = {}
+    for node in [node for node in watched.graph if is_border(node)]:
+        codes, source = node.outputs[0], node.inputs[0]
+        assert source is not None
+        watched.graph.outputs.extend([codes, source])
+        places[(codes.name or "").removesuffix("_quantized").replace("_input", ":")] = codes.name, source.name
     for feed in feeds:
         found = bench.run(watched, feed)
-        for node in nodes:
-            key = node.name.removesuffix("_quantized").replace("_input", ":")
+        for key, (codes_name, source_name) in places.items():
             quantizer = full.input_quantizer(key)
             assert quantizer is not None
-            np.testing.assert_array_equal(found[node.outputs[0].name], quantizer.quantize(found[node.inputs[0].name]))
+            np.testing.assert_array_equal(found[codes_name], quantizer.quantize(found[source_name]))
+
+
+def test_packed_weights_read_bordered_activations(bench: Any, quantized: tuple[ir.Model, QuantPlan, Any]) -> None:
+    model, _, feeds = quantized
+    plan = bench.calibrate(model, bench.place(model, abits=4, wbits=4, first_last_bits=8), feeds)
+    plan = with_all(model, plan)
+    packed = emit(model, plan, weight_storage=WeightStorage.PACKED)
+    bench.check(packed)
+    names = {node.op_type for node in packed.graph if node.domain}
+    assert names == {"BorderQuantize", "LutQLinearConv"}
+    assert {function.name for function in packed.functions.values()} == names
+    expected = bench.run(emit(model, plan), feeds[0])["y"]
+    np.testing.assert_allclose(bench.run(packed, feeds[0])["y"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_other_evaluators_run_it(bench: Any, quantized: tuple[ir.Model, QuantPlan, Any]) -> None:
     model, plan, feeds = quantized
     proto = bench.check(emit(model, with_all(model, plan)))
-    expected = ReferenceEvaluator(proto, new_ops=reference_classes()).run(None, feeds[0])[0]
-    np.testing.assert_allclose(ReferenceEvaluator(proto).run(None, feeds[0])[0], expected, atol=1e-6)
+    expected: Any = ReferenceEvaluator(proto, new_ops=reference_classes()).run(None, feeds[0])
+    found: Any = ReferenceEvaluator(proto).run(None, feeds[0])
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-6)
 
 
 def test_a_plan_with_borders_survives_the_disk(
@@ -167,4 +184,4 @@ def test_a_border_belongs_to_unsigned_codes(quantized: tuple[ir.Model, QuantPlan
     model, plan, _ = quantized
     border = bordered(model, plan, border_sites(model, plan, bits=4)[0][0]).border
     with pytest.raises(ValueError, match="unsigned"):
-        TensorQuantizer(QuantSpec(4, signed=True, symmetric=True), np.float32(1), np.int32(0), border=border)
+        dataclasses.replace(TensorQuantizer.from_range(QuantSpec(4, signed=True, symmetric=True), -1, 1), border=border)

@@ -20,7 +20,7 @@ from postquant.passes.emit import emit
 from postquant.passes.place import PlacementSettings
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline.api import quantize
-from postquant.pipeline.config import Border, QuantConfig
+from postquant.pipeline.config import Border, Method, QuantConfig
 from postquant.pipeline.inputs import open_calibration
 from postquant.pipeline.plan_check import differences
 from postquant.pipeline.recover import recover_float_model
@@ -99,14 +99,13 @@ class FakeTrial:
     """Errors by the step of one tensor and by borders, noted as they are asked for."""
 
     def __init__(self, best: float, gain: float) -> None:
-        self.best, self.gain = best, gain
+        self.best, self.gain, self.start = best, gain, 0.0
         self.asked: list[tuple[float, bool]] = []
 
     def measure(self, model: ir.Model, plan: QuantPlan) -> Outcome:
         quantizer = plan.input_quantizer("depthwise:0") or plan.activation_quantizer("r1")
         assert quantizer is not None
-        start = 1.0 if not self.asked else self.start
-        self.start = float(quantizer.scale) if not self.asked else start
+        self.start = self.start or float(quantizer.scale)
         factor = float(quantizer.scale) / self.start
         bordered = any(getattr(entry, "border", None) is not None for entry in plan.requants.values())
         self.asked.append((round(factor, 3), bordered))
@@ -137,7 +136,7 @@ def test_the_setting(narrow: Any, cases: Any, tmp_path: pathlib.Path) -> None:
     feeds = [{"image": rng.normal(size=(1, 3, 16, 16)).astype(np.float32)} for _ in range(8)]
     found = {}
     for border in Border:
-        config = QuantConfig(abits=4, first_last_bits=None, border=border, method="mse", verify_samples=2)
+        config = QuantConfig(abits=4, first_last_bits=None, border=border, method=Method.MSE, verify_samples=2)
         result = quantize(proto, feeds, config)
         stages = {stage.name: stage for stage in result.report.stages}
         assert all(check.passed for check in result.report.checks)
@@ -147,5 +146,5 @@ def test_the_setting(narrow: Any, cases: Any, tmp_path: pathlib.Path) -> None:
         else:
             assert stages["rounding borders"].kept == bool(found[border])
     assert found[Border.OFF] == 0
-    wide = quantize(proto, feeds, QuantConfig(border=Border.ON, method="mse", verify_samples=2))
+    wide = quantize(proto, feeds, QuantConfig(border=Border.ON, method=Method.MSE, verify_samples=2))
     assert any("can have a rounding border" in note for note in wide.report.notes)

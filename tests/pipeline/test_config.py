@@ -60,6 +60,7 @@ def test_every_key_can_be_read_from_a_file(tmp_path: pathlib.Path) -> None:
         cross_layer = false
         smooth = false
         bias_correction = false
+        border = "on"
         simplify = false
         weight_storage = "int4"
         max_positions = 100

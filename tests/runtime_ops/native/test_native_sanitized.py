@@ -10,6 +10,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -34,13 +35,16 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")
-    if shutil.which("cmake") is None or shutil.which("ninja") is None:
-        pytest.skip("cmake and ninja are not on the path")
+    # The build tools may stand beside this Python only: an environment need not be activated.
+    folders = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    cmake, ninja = shutil.which("cmake", path=folders), shutil.which("ninja", path=folders)
+    if cmake is None or ninja is None:
+        pytest.skip("cmake and ninja are not installed")
     if not has_sanitizers(compiler, tmp_path_factory.mktemp("probe")):
         pytest.skip("the C++ compiler has no sanitizers")
-    configure = ["cmake", "-S", str(REPOSITORY / "runtime_ops"), "-B", str(BUILD), "-G", "Ninja"]
-    configure += ["-DPOSTQUANT_SANITIZE=ON", f"-DPOSTQUANT_TEST_DRIVER={DRIVER}"]
-    for command in (configure, ["cmake", "--build", str(BUILD), "--target", "postquant_operator_test"]):
+    configure = [cmake, "-S", str(REPOSITORY / "runtime_ops"), "-B", str(BUILD), "-G", "Ninja"]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DPOSTQUANT_SANITIZE=ON", f"-DPOSTQUANT_TEST_DRIVER={DRIVER}"]
+    for command in (configure, [cmake, "--build", str(BUILD), "--target", "postquant_operator_test"]):
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return BUILD / "postquant_operator_test"

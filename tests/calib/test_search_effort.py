@@ -86,8 +86,7 @@ def test_layers_too_deep_for_whole_moments_are_told(layer_case: Any) -> None:
     layers = [layer_case("MatMul", inputs=n).layer for n in (6, 12)]
     effort, notes = choose_effort(layers, SearchOptions(), WorkLimits(block=6, search_work=EVERYTHING), samples=10)
     assert effort.block == 6
-    assert notes == (
-        "second moments of 1 of 2 layers were kept in blocks of up to 6 inputs (node); "
-        "weights of few bits keep uniform codes there",
-    )
+    (note,) = notes
+    assert note.startswith("second moments of 1 of 2 layers were kept in blocks of up to 6 inputs (node);")
+    assert note.endswith("weights of few bits keep uniform codes there")
     assert choose_effort(layers, SearchOptions(), WorkLimits(search_work=EVERYTHING), samples=10)[1] == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import onnx_ir as ir
 
@@ -38,7 +39,13 @@ def effect_options(work: float, tensors: int, samples: int, *, budget: float = E
 
 
 def affordable_effect(
-    model: ir.Model, source: CalibrationSource, tensors: int, *, samples: int | None = None, threads: int = 1
+    model: ir.Model,
+    source: CalibrationSource,
+    tensors: int,
+    *,
+    floats: Collection[str] = (),
+    samples: int | None = None,
+    threads: int = 1,
 ) -> tuple[OutputEffect | None, str | None]:
     """Measures effects on as much data as the budget allows.
 
@@ -48,6 +55,7 @@ def affordable_effect(
         model: The simplified float model.
         source: Calibration data.
         tensors: Number of tensors to decide.
+        floats: Names of the nodes that stay in float.
         samples: How many samples see every candidate; as many as the budget allows when None.
         threads: How many samples are run at the same time; never changes the result.
 
@@ -71,4 +79,4 @@ def affordable_effect(
         return None, "ranges were chosen by tensor error: measuring effects on the outputs would cost too much"
     if samples is not None:
         options = dataclasses.replace(options, samples=samples, screening=samples)
-    return OutputEffect(model, seen, options, threads=threads), note
+    return OutputEffect(model, seen, options, floats=floats, threads=threads), note

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from postquant.calib.output_error import SampleError, combined_error, float_outp
 from postquant.calib.prefix import spaced
 from postquant.calib.source import CalibrationSource
 from postquant.passes.session import Session, make_session
+from postquant.passes.storage import reads_original
 from postquant.runtime_ops.errors import CalibrationError
 from postquant.runtime_ops.quantizer import TensorQuantizer
 from postquant.runtime_ops.spec import QuantSpec
@@ -152,12 +153,22 @@ class OutputEffect:
         model: The simplified float model.
         source: Calibration data.
         options: How much is tried.
+        floats: Names of the nodes that stay in float: some of them read a value before its quantization.
         threads: How many samples are run at the same time; never changes the result.
     """
 
-    def __init__(self, model: ir.Model, source: CalibrationSource, options: EffectOptions, *, threads: int = 1) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        source: CalibrationSource,
+        options: EffectOptions,
+        *,
+        floats: Collection[str] = (),
+        threads: int = 1,
+    ) -> None:
         self._model = model
         self._options = options
+        self._floats = frozenset(floats)
         self._threads = threads
         self._samples = list(source.read(spaced(len(source), options.samples)))
         # The screening samples come first, themselves spread over all.
@@ -174,11 +185,22 @@ class OutputEffect:
         """Whether a float output of the network depends on a tensor (on what one reader makes of it)."""
         graph = self._model.graph
         value = next(v for v in (*graph.inputs, *(v for n in graph for v in n.outputs)) if v.name == tensor)
-        if reader is None and tensor in self._outputs:
+        uses, is_output = self._quantized_uses(graph, value, reader)
+        if is_output and tensor in self._outputs:
             return True
-        nodes = [use.node for use in value.uses() if reader is None or (use.node.name, use.idx) == reader]
+        nodes = [node for node, _ in uses]
         behind = {*nodes, *(node for first in nodes for output in first.outputs for node in _descendants(output))}
         return any(_producer_of(graph, name) in behind for name in self._outputs)
+
+    def _quantized_uses(
+        self, graph: ir.Graph, value: ir.Value, reader: tuple[str, int] | None
+    ) -> tuple[list[tuple[ir.Node, int]], bool]:
+        """Who reads the quantized value in the emitted model, and whether the graph's output is the quantized one."""
+        if reader is not None:
+            return [(use.node, use.idx) for use in value.uses() if (use.node.name, use.idx) == reader], False
+        if reads_original(value, {node for node in graph if node.name not in self._floats}):
+            return [(use.node, use.idx) for use in value.uses() if use.node.name not in self._floats], False
+        return [(use.node, use.idx) for use in value.uses()], value.is_graph_output()
 
     def choose(
         self,
@@ -273,7 +295,7 @@ class OutputEffect:
             ir.Value(name=_HIGH, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(())),
         ]
         scale, zero, low, high = feeds
-        uses = [use for use in source.uses() if reader is None or (use.node.name, use.idx) == reader]
+        uses, is_output = self._quantized_uses(graph, source, reader)
         # Saturating first lets one graph serve all widths: the codes of what remains lie within the range.
         clip = ir.node("Clip", [source, low, high])
         quantize = ir.node("QuantizeLinear", [clip.outputs[0], scale, zero])
@@ -282,8 +304,8 @@ class OutputEffect:
             node.name = f"postquant_effect_{number}"
             node.outputs[0].name = f"postquant_effect_value_{number}"
         result = dequantize.outputs[0]
-        for use in uses:
-            use.node.replace_input_with(use.idx, result)
+        for node, index in uses:
+            node.replace_input_with(index, result)
         graph.inputs.extend(feeds)
         producer = source.producer()
         if producer is None:
@@ -291,7 +313,7 @@ class OutputEffect:
         else:
             graph.insert_after(producer, [clip, quantize, dequantize])
         outputs = self._outputs
-        if source.is_graph_output() and reader is None:
+        if is_output:
             for index, output in enumerate(graph.outputs):
                 if output is source:
                     graph.outputs[index] = result

@@ -224,7 +224,7 @@ def _decide_ranges(job: Job, model: ir.Model, plan: QuantPlan, log: StageLog, th
     else:
         places = places_of(model, plan)
         statistics = collect_statistics(model, places, source, histogram=True, progress=job.progress.advance)
-        effect, note = affordable_effect(model, source, len(places), threads=threads)
+        effect, note = affordable_effect(model, source, len(places), floats=plan.floats, threads=threads)
         if note is not None:
             log.note(note)
         job.progress.stage("choose ranges", len(places))
@@ -342,7 +342,9 @@ def _judge(
 ) -> Callable[[str, tuple[str, int] | None, Mapping[str, TensorQuantizer]], TensorQuantizer] | None:
     """Refuses scales that are better for the next layer but worse for the network; None where asking costs too much."""
     # Two candidates only: nothing to screen.
-    effect, _ = affordable_effect(model, source, len(plan.activations), samples=_JUDGE_SAMPLES, threads=threads)
+    effect, _ = affordable_effect(
+        model, source, len(plan.activations), floats=plan.floats, samples=_JUDGE_SAMPLES, threads=threads
+    )
     if effect is None:
         return None
     return lambda tensor, reader, quantizers: effect.choose(tensor, quantizers, reader=reader).quantizer

@@ -105,6 +105,33 @@ def test_one_reader_alone(model: ir.Model, source: CalibrationSource) -> None:
     assert every.effect_db != layer.effect_db
 
 
+def test_what_float_nodes_read_before_quantization_stays_exact(model: ir.Model, source: CalibrationSource) -> None:
+    """A residual that starts at the network's input: the sum stays in float and reads the input itself."""
+    proto = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+    m (float[N,3,6,6] x) => (float[N,3,6,6] y) {
+        [conv] n = Conv <pads = [1, 1, 1, 1]> (x, w0, b0)
+        [rest] y = Sub (x, n)
+    }""")
+    for name in ("w0", "b0"):
+        value = model.graph.initializers[name].const_value
+        assert value is not None
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(value.numpy(), name))
+    residual = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    quantizers = {str(top): TensorQuantizer.from_range(SIGNED, -top, top) for top in (4.0, 9.0)}
+    options = EffectOptions(samples=SAMPLES, screening=SAMPLES)
+    effect = OutputEffect(residual, source, options, floats={"rest"})
+    choice = effect.choose("x", quantizers)
+    plan = QuantPlan("", activations={"x": choice.quantizer}, floats={"rest": "no integer kernel"})
+    built, reference = make_session(emit(residual, plan)), make_session(residual)
+    pairs = [(reference.run(sample)["y"], built.run(sample)["y"]) for sample in source]
+    mean = np.mean([np.linalg.norm(got - wanted) / np.linalg.norm(wanted) for wanted, got in pairs])
+    noise = sum(np.sum((got - wanted) ** 2.0) for wanted, got in pairs)
+    together = np.sqrt(noise / sum(np.sum(wanted**2.0) for wanted, _ in pairs))
+    assert choice.effect_db == pytest.approx(-20 * math.log10(np.sqrt(mean * together)), abs=0.01)
+    everything = OutputEffect(residual, source, options).choose("x", quantizers)
+    assert everything.effect_db != pytest.approx(choice.effect_db, abs=0.1)
+
+
 def test_a_tensor_that_no_float_output_sees(model: ir.Model, source: CalibrationSource) -> None:
     candidates = {
         "a": TensorQuantizer.from_range(UNSIGNED, 0.0, 2.0),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
@@ -68,15 +70,25 @@ def stored_tensor_quality(
     meters = {name: SimilarityMeter() for name in tensors}
     for chunk in chunked(list(tensors), counts, 5):
         codes = {name: tensors[name].codes for name in chunk}
-        # Both sessions end at this chunk: what lies behind it is not computed.
-        reference = float_session(float_model, chunk, threads=threads)
-        quantized = make_session(model, outputs=list(codes.values()), threads=threads)
-        for feed in samples:
-            wanted, got = reference.run(feed), quantized.run(feed)
-            for name in chunk:
-                array = got[codes[name]]
-                if array.shape == wanted[name].shape:
-                    meters[name].add(wanted[name], tensors[name].reading.numbers.real(array))
+        with tempfile.TemporaryFile(prefix="postquant-") as spool:
+            # Sessions end at this chunk: what lies behind it is not computed. And there is one at a time: of a large
+            # model, the weights of the float and of the quantized network would be in memory together.
+            session = float_session(float_model, chunk, threads=threads)
+            for feed in samples:
+                wanted = session.run(feed)
+                for name in chunk:
+                    np.save(spool, wanted[name], allow_pickle=False)
+            del session
+            spool.seek(0)
+            session = make_session(model, outputs=list(codes.values()), threads=threads)
+            for feed in samples:
+                got = session.run(feed)
+                for name in chunk:
+                    expected = np.load(spool, allow_pickle=False)
+                    array = got[codes[name]]
+                    if array.shape == expected.shape:
+                        meters[name].add(expected, tensors[name].reading.numbers.real(array))
+            del session
     result = []
     for name, tensor in tensors.items():
         similarity = meters[name].result()

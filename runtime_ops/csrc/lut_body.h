@@ -108,10 +108,10 @@ struct Block {
 // `in` is a buffer whose rows and columns can be read up to the next multiple of 16.
 inline void TransposeOut(const std::uint8_t* in, std::int64_t in_stride, int rows, int columns, std::uint8_t* out,
                          std::int64_t out_stride) {
-  for (int r = 0; r < rows; r += 16) {
-    const int height = rows - r < 16 ? rows - r : 16;
-    for (int c = 0; c < columns; c += 16) {
-      const int width = columns - c < 16 ? columns - c : 16;
+  for (int c = 0; c < columns; c += 16) {
+    const int width = columns - c < 16 ? columns - c : 16;
+    for (int r = 0; r < rows; r += 16) {
+      const int height = rows - r < 16 ? rows - r : 16;
       Block block;
       for (int i = 0; i < 16; ++i) {
         block.Load(i, in + (r + i) * in_stride + c);

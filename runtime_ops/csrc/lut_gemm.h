@@ -98,6 +98,8 @@ void Gemm(const GemmCall& call) {
   // A narrow panel (grouped convolutions, few outputs) needs one register only.
   if (call.outputs <= Simd::kLanes) {
     GemmRows<Simd, 1>(call);
+  } else if (Simd::kVectors > 2 && call.outputs <= 2 * Simd::kLanes) {
+    GemmRows<Simd, (Simd::kVectors > 2 ? 2 : 1)>(call);
   } else {
     GemmRows<Simd, Simd::kVectors>(call);
   }

@@ -7,7 +7,9 @@
 
 #include "lut_body.h"
 #include "lut_depthwise_avx512.h"
+#include "lut_direct_vbmi.h"
 #include "lut_gemm.h"
+#include "lut_planar_avx512.h"
 #include "lut_simd_avx512.h"
 #include "lut_table.h"
 
@@ -182,6 +184,11 @@ constexpr KernelTable MakeTable() {
   table.panel_words = kTileRows;
   table.direct_bytes = kTileBytes;
   table.depthwise = DepthwiseVnni;
+  table.direct = DirectVbmi;
+  table.planar = Planar;
+  table.interleave = Interleave;
+  table.planar_inputs = 128;
+  table.planar_weights = 12000;
   table.macs_per_ns = 1200.0;
   return table;
 }

@@ -4,7 +4,9 @@
 
 #include "lut_body.h"
 #include "lut_depthwise_avx512.h"
+#include "lut_direct_vbmi.h"
 #include "lut_gemm.h"
+#include "lut_planar_avx512.h"
 #include "lut_simd_avx512.h"
 #include "lut_table.h"
 
@@ -16,6 +18,11 @@ constexpr KernelTable MakeTable() {
   table.gemv = Gemv<Simd>;
   table.gemv_rows = 4;
   table.depthwise = DepthwiseVnni;
+  table.direct = DirectVbmi;
+  table.planar = Planar;
+  table.interleave = Interleave;
+  table.planar_inputs = 512;
+  table.planar_weights = 160000;
   table.macs_per_ns = 300.0;
   return table;
 }

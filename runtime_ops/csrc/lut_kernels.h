@@ -86,9 +86,9 @@ struct Plan {
   std::int64_t in_size[2];       // convolution: input height and width
   std::int64_t out_size[2];      // convolution: output height and width
   std::int64_t padded_size[2];   // convolution: height and width of the padded copy
-  std::int64_t layout_rows;      // rows that an item of phase 0 lays out in the workspace
-  std::int64_t rows_per_item;    // in phase 1
-  std::int64_t panels_per_item;  // in phase 1
+  std::int64_t layout_rows;      // rows (planar: groups of four channels) that an item of phase 0 lays out
+  std::int64_t rows_per_item;    // rows or output pixels, in phase 1
+  std::int64_t panels_per_item;  // panels, tiles or (depthwise) channels, in phase 1
 };
 
 // Weights of a matrix product: codes of [outputs, inputs].

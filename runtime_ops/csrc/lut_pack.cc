@@ -58,6 +58,17 @@ void PutRunLevel(const Weights& w, std::uint8_t* panel, std::int64_t run, std::i
   }
 }
 
+// Levels of one output, number `place` of its tile (see lut_planar.h).
+void PutTileLevels(const Weights& w, const CodeRow& row, std::int64_t place, std::uint8_t* tile) {
+  const std::int64_t taps = w.geometry.kernel[0] * w.geometry.kernel[1];
+  for (std::int64_t k = 0; k < w.inputs; ++k) {
+    const std::int64_t channel = k / taps;
+    const std::int64_t word = k % taps * ChannelGroups(w) + channel / kPlanarChannels;
+    const std::int64_t at = (word * kPlanarRows + place) * kPlanarChannels + channel % kPlanarChannels;
+    std::memcpy(tile + at, &w.levels[row[k]], 1);
+  }
+}
+
 }  // namespace
 
 void SetLevels(const Codes& codes, Weights* w) {
@@ -69,7 +80,7 @@ void SetLevels(const Codes& codes, Weights* w) {
 
 // Sizes of panels. False if they do not fit in memory's numbers.
 bool SetSizes(Weights* w) {
-  const std::int64_t width = w->table->panel_width;
+  const std::int64_t width = w->Width();
   const std::int64_t elements = w->WordElements();
   std::int64_t runs = 0;
   std::int64_t total = 0;
@@ -77,7 +88,8 @@ bool SetSizes(Weights* w) {
     return false;
   }
   const std::int64_t words =
-      w->table->tight ? RoundUp(DivideUp(runs * w->run_elements, elements), w->table->panel_words)
+      w->method == Method::kPlanar ? w->geometry.kernel[0] * w->geometry.kernel[1] * ChannelGroups(*w)
+      : w->table->tight ? RoundUp(DivideUp(runs * w->run_elements, elements), w->table->panel_words)
                       : runs * DivideUp(w->run_elements, elements);
   w->group_panels = DivideUp(w->group_outputs, width);
   w->packed_steps = DivideUp(w->inputs, w->CodesPerStep());
@@ -112,12 +124,16 @@ Status Decode(const Codes& codes, Weights* w) {
   if (!w->decoded) {
     return Status::kOutOfMemory;
   }
-  const std::int64_t width = w->table->panel_width;
+  const std::int64_t width = w->Width();
   for (std::int64_t m = 0; m < w->outputs; ++m) {
     const CodeRow row(codes, w->inputs, m);
     const std::int64_t inside = m % w->group_outputs;
     std::uint8_t* const panel =
         w->decoded.get() + (m / w->group_outputs * w->group_panels + inside / width) * w->panel_bytes;
+    if (w->method == Method::kPlanar) {
+      PutTileLevels(*w, row, inside % width, panel);
+      continue;
+    }
     for (std::int64_t i = 0; i < w->runs[0]; ++i) {
       for (std::int64_t j = 0; j < w->runs[1]; ++j) {
         for (std::int64_t e = 0; e < w->run_elements; ++e) {

@@ -11,6 +11,9 @@ namespace {
 constexpr double kItemNanoseconds = 3000.0;
 constexpr double kCopiedBytesPerNanosecond = 8.0;
 constexpr double kPackedBytesPerNanosecond = 50.0;
+constexpr std::int64_t kMostPlanarPixels = 1024;  // of an item: its activations should stay in a near cache
+constexpr double kPlanarMacsPerNanosecond = 200.0;
+constexpr double kPlanarOutputNanoseconds = 0.08;  // to requantize
 
 // Allocations beyond this are refused before their sizes can overflow.
 constexpr std::int64_t kMostBytes = std::int64_t{1} << 60;
@@ -63,7 +66,22 @@ MatMulRows RowsOf(const Weights& w, const Requantizer& r, std::int64_t rows) {
   return {few, in_place, RoundUp(w.inputs, padding)};
 }
 
+std::int64_t ChannelGroups(const Weights& w) {
+  return DivideUp(w.geometry.in_channels / w.geometry.group, kPlanarChannels);
+}
+
+std::int64_t PlaneBytes(const Plan& plan) {
+  constexpr auto kLine = static_cast<std::int64_t>(kAlignment);
+  const std::int64_t lines =
+      DivideUp(plan.padded_size[0] * plan.out_size[1] * static_cast<std::int64_t>(kWord), kLine);
+  // Planes that are a power of two apart would share few sets of the cache.
+  return (lines % 8 == 0 ? lines + 4 : lines) * kLine;
+}
+
 std::int64_t ImageBytes(const Weights& w, const Plan& plan) {
+  if (w.method == Method::kPlanar) {
+    return PlaneBytes(plan) * w.geometry.kernel[1] * ChannelGroups(w);
+  }
   return RoundUp(plan.padded_size[0] * plan.padded_size[1] * (w.geometry.in_channels / w.geometry.group) *
                      ElementBytes(*w.table),
                  static_cast<std::int64_t>(kAlignment));
@@ -140,10 +158,23 @@ Status PlanConv(const Weights& w, const Requantizer&, std::int64_t batch, std::i
   if (w.method == Method::kDepthwise) {
     // A plane is laid out by the item that needs it.
     plan->rows_per_item = pixels;
-    plan->panels_per_item = 1;
-    plan->items[1] = images;
-    plan->cost[1] = static_cast<double>(plane) / kCopiedBytesPerNanosecond +
-                    static_cast<double>(pixels * w.group_outputs) * static_cast<double>(w.inputs) / 20.0;
+    const double cost = static_cast<double>(plane) / kCopiedBytesPerNanosecond +
+                        static_cast<double>(pixels * w.group_outputs) * static_cast<double>(w.inputs) / 20.0;
+    plan->panels_per_item = PanelsPerItem(cost, images);
+    plan->items[1] = DivideUp(images, plan->panels_per_item);
+    plan->cost[1] = cost * static_cast<double>(plan->panels_per_item);
+    return Status::kOk;
+  }
+  if (w.method == Method::kPlanar) {
+    const std::int64_t parts = DivideUp(pixels, kMostPlanarPixels);
+    SetLayoutItems(images, ChannelGroups(w), PlaneBytes(*plan) * g.kernel[1], plan);
+    plan->rows_per_item = RoundUp(DivideUp(pixels, parts), 64);
+    const auto places = static_cast<double>(std::min(plan->rows_per_item, pixels) * kPlanarRows);
+    const double cost = places * (static_cast<double>(w.inputs) / kPlanarMacsPerNanosecond + kPlanarOutputNanoseconds);
+    plan->panels_per_item = PanelsPerItem(cost, w.group_panels);
+    plan->items[1] =
+        images * DivideUp(pixels, plan->rows_per_item) * DivideUp(w.group_panels, plan->panels_per_item);
+    plan->cost[1] = cost * static_cast<double>(plan->panels_per_item);
     return Status::kOk;
   }
   SetLayoutItems(images, plan->padded_size[0], plan->padded_size[1] * channels * ElementBytes(*w.table), plan);

@@ -87,6 +87,11 @@ Status PrepareConv(const Codes& codes, const ConvGeometry& geometry, const Isa* 
   w->inputs = inputs;
   w->group_outputs = geometry.out_channels / geometry.group;
   w->method = channels == 1 && w->group_outputs <= kDepthwiseOutputs ? Method::kDepthwise : Method::kConv;
+  const bool few = inputs <= w->table->planar_inputs || inputs * w->group_outputs <= w->table->planar_weights;
+  if (w->method == Method::kConv && w->table->planar != nullptr && few && geometry.stride[0] == 1 &&
+      geometry.stride[1] == 1 && geometry.kernel[1] <= kMostPlanarCopies && channels >= kPlanarChannels - 1) {
+    w->method = Method::kPlanar;
+  }
   // Without dilation neighbouring taps of a kernel row are neighbours in memory.
   const bool joined = geometry.dilation[1] == 1 || geometry.kernel[1] == 1;
   w->runs[0] = geometry.kernel[0];
@@ -112,7 +117,7 @@ Status PrepareRequantizer(const Weights& w, const Numbers& numbers, RequantizerP
     return Status::kOutOfMemory;
   }
   const bool depthwise = w.method == Method::kDepthwise;
-  const std::int64_t width = w.table->panel_width;
+  const std::int64_t width = w.Width();
   const std::int64_t places = depthwise ? w.outputs : w.geometry.group * w.group_panels * width;
   r->start = AllocateZeros(places * static_cast<std::int64_t>(sizeof(std::int32_t)));
   r->factor = AllocateZeros(places * static_cast<std::int64_t>(sizeof(float)));

@@ -1,6 +1,7 @@
 // Does the items of a plan.
 #include <algorithm>
 
+#include "lut_run_planar.h"
 #include "lut_weights.h"
 
 namespace postquant::lut {
@@ -13,16 +14,6 @@ std::uint8_t* Aligned(void* workspace) {
   const std::uintptr_t aligned = (address + kAlignment - 1) / kAlignment * kAlignment;
   return static_cast<std::uint8_t*>(workspace) + (aligned - address);
 }
-
-// One call with everything it works on.
-struct Job {
-  const Weights& weights;
-  const Requantizer& requantizer;
-  const Plan& plan;
-  const std::uint8_t* x;
-  std::uint8_t* y;
-  std::uint8_t* activations;  // in the workspace
-};
 
 void LayoutMatMul(const Job& job, std::int64_t item) {
   const Weights& w = job.weights;
@@ -171,7 +162,7 @@ void ComputeConv(const Job& job, std::int64_t item) {
   }
 }
 
-void ComputeDepthwise(const Job& job, std::int64_t image) {
+void ComputePlane(const Job& job, std::int64_t image) {
   const Weights& w = job.weights;
   const Plan& plan = job.plan;
   const ConvGeometry& g = w.geometry;
@@ -197,6 +188,43 @@ void ComputeDepthwise(const Job& job, std::int64_t image) {
   }
 }
 
+void ComputeDepthwise(const Job& job, std::int64_t item) {
+  const Weights& w = job.weights;
+  const Plan& plan = job.plan;
+  const ConvGeometry& g = w.geometry;
+  const std::int64_t begin = item * plan.panels_per_item;
+  const std::int64_t end = std::min(begin + plan.panels_per_item, plan.rows * g.group);
+  if (w.table->direct != nullptr && w.group_outputs == 1) {
+    DirectCall call;
+    call.x = job.x;
+    call.x_bytes = plan.rows * g.group * plan.in_size[0] * plan.in_size[1];
+    call.first = begin;
+    call.count = end - begin;
+    call.channels = g.group;
+    for (int axis = 0; axis < 2; ++axis) {
+      call.in_size[axis] = plan.in_size[axis];
+      call.out_size[axis] = plan.out_size[axis];
+      call.kernel[axis] = g.kernel[axis];
+      call.stride[axis] = g.stride[axis];
+      call.dilation[axis] = g.dilation[axis];
+      call.pad_begin[axis] = g.pad_begin[axis];
+    }
+    call.zero_point = static_cast<std::uint8_t>(job.requantizer.x_zero_point);
+    call.flip = job.requantizer.x_flip;
+    call.taps = reinterpret_cast<const std::int8_t*>(w.taps.get());
+    call.start = job.requantizer.Start();
+    call.factor = job.requantizer.Factor();
+    call.numbers = job.requantizer.numbers;
+    call.y = job.y;
+    if (w.table->direct(call)) {
+      return;
+    }
+  }
+  for (std::int64_t image = begin; image < end; ++image) {
+    ComputePlane(job, image);
+  }
+}
+
 using ItemFunction = void (*)(const Job& job, std::int64_t item);
 
 ItemFunction FunctionOf(Method method, int phase) {
@@ -205,6 +233,8 @@ ItemFunction FunctionOf(Method method, int phase) {
       return phase == 0 ? LayoutMatMul : ComputeMatMul;
     case Method::kConv:
       return phase == 0 ? LayoutConv : ComputeConv;
+    case Method::kPlanar:
+      return phase == 0 ? LayoutPlanes : ComputePlanar;
     default:
       return ComputeDepthwise;  // has one phase
   }

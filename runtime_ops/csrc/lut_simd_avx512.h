@@ -48,12 +48,12 @@ struct Simd {
 
   // Products are limited from above before they become integers; from below the conversion gives the least integer,
   // and the saturating steps down to bytes do the rest.
-  static void StoreRow(const Sums (&sums)[kVectors], const float* factor, const OutputNumbers& numbers, int outputs,
-                       std::uint8_t* y) {
+  static __m512i Requantize(const Sums (&sums)[kVectors], const __m512 (&factors)[kVectors],
+                            const OutputNumbers& numbers) {
     const __m512 high = _mm512_set1_ps(static_cast<float>(numbers.high - numbers.zero_point));
     __m512i rounded[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[v]), _mm512_loadu_ps(factor + v * kLanes));
+      const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[v]), factors[v]);
       rounded[v] = _mm512_cvtps_epi32(_mm512_min_ps(product, high));
     }
     const __m512i zero = _mm512_set1_epi16(static_cast<std::int16_t>(numbers.zero_point));
@@ -62,12 +62,24 @@ struct Simd {
     const __m512i bytes = numbers.low < 0 ? _mm512_packs_epi16(left, right) : _mm512_packus_epi16(left, right);
     // Packing works within 128 bits: group 4 * lane + register goes to 4 * register + lane.
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i row = _mm512_permutexvar_epi32(order, bytes);
-    if (outputs >= kLanes * kVectors) {
+    return _mm512_permutexvar_epi32(order, bytes);
+  }
+
+  static void StoreBytes(__m512i row, int count, std::uint8_t* y) {
+    if (count >= kLanes * kVectors) {
       _mm512_storeu_si512(y, row);
     } else {
-      _mm512_mask_storeu_epi8(y, (__mmask64{1} << outputs) - 1, row);
+      _mm512_mask_storeu_epi8(y, (__mmask64{1} << count) - 1, row);
     }
+  }
+
+  static void StoreRow(const Sums (&sums)[kVectors], const float* factor, const OutputNumbers& numbers, int outputs,
+                       std::uint8_t* y) {
+    __m512 factors[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      factors[v] = _mm512_loadu_ps(factor + v * kLanes);
+    }
+    StoreBytes(Requantize(sums, factors, numbers), outputs, y);
   }
 };
 

@@ -87,6 +87,28 @@ struct DepthwiseCall {
   std::uint8_t* y;
 };
 
+// Channels of a depthwise convolution with one output each, read where they are.
+struct DirectCall {
+  const std::uint8_t* x;     // the tensor
+  std::int64_t x_bytes;      // of all of it
+  std::int64_t first;        // channel planes to do, counted through all samples
+  std::int64_t count;
+  std::int64_t channels;     // of a sample
+  std::int64_t in_size[2];
+  std::int64_t out_size[2];
+  std::int64_t kernel[2];
+  std::int64_t stride[2];
+  std::int64_t dilation[2];
+  std::int64_t pad_begin[2];
+  std::uint8_t zero_point;
+  std::uint8_t flip;          // as in LayoutCall
+  const std::int8_t* taps;    // of channel 0, as in DepthwiseCall
+  const std::int32_t* start;  // [channels]
+  const float* factor;        // [channels]
+  OutputNumbers numbers;
+  std::uint8_t* y;
+};
+
 // Lays rows of one image out: channels x height x width (rows `width` apart, channels `channel_stride` apart) becomes
 // [rows][padded_width][channels] activations, where what is outside the image is the zero point.
 struct LayoutCall {
@@ -104,6 +126,9 @@ struct LayoutCall {
   std::uint8_t* out;        // the padded image
 };
 
+struct PlanarCall;
+struct InterleaveCall;
+
 struct KernelTable {
   Isa isa;
   Activation activation;
@@ -113,10 +138,17 @@ struct KernelTable {
   int panel_words;
   int direct_bytes;  // rows of a matrix product whose size is a multiple of this are read where they are
   int gemv_rows;     // 0: no gemv
+  // `planar` is faster than `gemm` up to so many inputs of an output, or weights of a group; 0: there is no `planar`.
+  std::int64_t planar_inputs;
+  std::int64_t planar_weights;
   double macs_per_ns;
   void (*gemm)(const GemmCall& call);
   void (*gemv)(const GemvCall& call);
   void (*depthwise)(const DepthwiseCall& call);
+  void (*planar)(const PlanarCall& call);          // see lut_planar.h
+  void (*interleave)(const InterleaveCall& call);  // the same
+  // The same without a laid out plane; false: not for such a convolution, nothing is done. May be null.
+  bool (*direct)(const DirectCall& call);
   void (*layout)(const LayoutCall& call);
   // out[c * out_stride + r] = in[r * in_stride + c]
   void (*transpose)(const std::uint8_t* in, std::int64_t in_stride, int rows, int columns, std::uint8_t* out,

@@ -8,6 +8,7 @@
 #include <new>
 
 #include "lut_kernels.h"
+#include "lut_planar.h"
 #include "lut_table.h"
 
 namespace postquant::lut {
@@ -35,7 +36,7 @@ inline bool Multiply(std::int64_t a, std::int64_t b, std::int64_t* product) {
   return true;
 }
 
-enum class Method { kMatMul, kConv, kDepthwise };
+enum class Method { kMatMul, kConv, kPlanar, kDepthwise };
 
 class Weights {
  public:
@@ -49,7 +50,7 @@ class Weights {
   std::int64_t runs[2];
   std::int64_t run_elements;
   std::int64_t group_outputs;
-  std::int64_t group_panels;
+  std::int64_t group_panels;    // kPlanar: tiles
   std::int64_t panel_bytes;     // of decoded weights
   std::int64_t packed_steps;    // of packed codes
   std::int64_t packed_bytes;    // of a panel of packed codes
@@ -66,6 +67,8 @@ class Weights {
 
   const std::int32_t* CodeSums() const { return reinterpret_cast<const std::int32_t*>(code_sums.get()); }
   std::int64_t WordElements() const { return static_cast<std::int64_t>(kWord) / ElementBytes(*table); }
+  // Outputs of a panel.
+  std::int64_t Width() const { return method == Method::kPlanar ? kPlanarRows : table->panel_width; }
   std::int64_t CodesPerStep() const { return WordElements() * (8 / bits); }
 };
 
@@ -100,6 +103,10 @@ struct MatMulRows {
   std::int64_t padded;  // elements of a row in the workspace
 };
 MatMulRows RowsOf(const Weights& weights, const Requantizer& requantizer, std::int64_t rows);
+
+// Groups of four channels of one image of a planar convolution, and bytes of a plane.
+std::int64_t ChannelGroups(const Weights& weights);
+std::int64_t PlaneBytes(const Plan& plan);
 
 // Bytes of the padded image of one group in the workspace of a convolution.
 std::int64_t ImageBytes(const Weights& weights, const Plan& plan);

@@ -216,6 +216,11 @@ CONVOLUTIONS: Mapping[str, tuple[Conv, tuple[int, int]]] = {
     "3x3 odd channels": (Conv((67, 33, 3, 3), pads=(1, 1, 1, 1)), (9, 11)),
     "image": (Conv((17, 3, 7, 7), strides=(2, 2), pads=(3, 3, 3, 3)), (23, 21)),
     "1x1": (Conv((96, 40, 1, 1)), (7, 7)),
+    "1x1 several items": (Conv((70, 16, 1, 1)), (40, 41)),
+    "1x1 padded": (Conv((13, 6, 1, 1), pads=(1, 0, 2, 0)), (5, 6)),
+    "3x3 far padding": (Conv((20, 7, 3, 3), dilations=(2, 3), pads=(4, 7, 3, 5)), (7, 3)),
+    "3x3 groups": (Conv((24, 8, 3, 3), group=3, pads=(1, 1, 1, 1)), (20, 18)),
+    "wide kernel": (Conv((7, 4, 1, 9), pads=(0, 4, 0, 4)), (3, 21)),
     "1x1 one pixel": (Conv((130, 64, 1, 1)), (1, 1)),
     "1x1 strided": (Conv((16, 24, 1, 1), strides=(2, 2)), (9, 10)),
     "dilated": (Conv((20, 17, 3, 3), dilations=(2, 3), pads=(2, 3, 2, 3)), (12, 13)),
@@ -235,6 +240,13 @@ CONVOLUTIONS: Mapping[str, tuple[Conv, tuple[int, int]]] = {
     "depthwise 7x9": (Conv((4, 1, 7, 9), group=4, strides=(1, 3), pads=(3, 4, 3, 4)), (9, 40)),
     "depthwise dilated": (Conv((6, 1, 3, 3), group=6, dilations=(3, 4), pads=(3, 4, 3, 4)), (12, 40)),
     "depthwise far": (Conv((4, 1, 2, 4), group=4, strides=(1, 5), dilations=(1, 7)), (3, 90)),
+    "depthwise small": (Conv((37, 1, 3, 3), group=37, pads=(1, 1, 1, 1)), (7, 7)),
+    "depthwise small strided": (Conv((37, 1, 3, 3), group=37, strides=(2, 2), pads=(1, 1, 1, 1)), (14, 14)),
+    "depthwise long and narrow": (Conv((3, 1, 3, 3), group=3, pads=(1, 1, 1, 1)), (300, 2)),
+    "depthwise one column": (Conv((5, 1, 3, 1), group=5, strides=(2, 1), pads=(1, 0, 1, 0)), (9, 1)),
+    "depthwise far padding": (Conv((5, 1, 3, 3), group=5, dilations=(1, 3), pads=(4, 8, 5, 7)), (29, 4)),
+    "depthwise small image": (Conv((5, 1, 3, 3), group=5, pads=(1, 1, 1, 1)), (1, 1)),
+    "depthwise 3x2": (Conv((6, 1, 3, 2), group=6, strides=(3, 2), pads=(2, 1, 0, 1)), (20, 30)),
     "depthwise multiplied": (Conv((12, 1, 3, 3), group=4, pads=(1, 1, 1, 1)), (8, 8)),
 }
 
@@ -376,18 +388,8 @@ def test_clean_under_sanitizers() -> None:
     library = build(
         ROOT / "build" / "lut-test-sanitized", "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "uint8 and 4 or uint8 and convolution",
-    ]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "uint8 and 4 or uint8 and convolution"]
+    command = [sys.executable, "-m", "pytest", *options, __file__]
     environment = os.environ | {
         LIBRARY_VARIABLE: str(library),
         "LD_PRELOAD": str(asan),

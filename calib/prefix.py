@@ -212,13 +212,32 @@ def _frontier(model: ir.Model, tensors: Sequence[str], start: Sequence[str] | No
         if value in begin and value.producer() in done:
             continue
         # What lies in front of the last cut has run as well: a residual stream must not collect all of its sums.
-        later = any(use.node not in done and use.node not in old for use in value.uses()) or value.is_graph_output()
+        later = _read_later(value, done, old, begin) or value.is_graph_output()
         if not later:
             continue
         producer = value.producer()
         codes = producer.inputs[0] if producer is not None and producer.op_type == "DequantizeLinear" else None
         crossing[(value if codes is None or value in begin else codes).name or ""] = None
     return tuple(sorted(crossing))
+
+
+def _read_later(value: ir.Value, done: set[ir.Node], old: set[ir.Node], begin: set[ir.Value]) -> bool:
+    """Whether a node still to come reads a value.
+
+    It may do so through nodes in front of the last cut whose results were not kept, as the DequantizeLinear of codes at
+    the cut that an earlier layer has read as well: these run again.
+    """
+    seen: set[ir.Node] = set()
+    stack = [value]
+    while stack:
+        for node, _ in stack.pop().uses():
+            if node in old:
+                if node not in seen:
+                    seen.add(node)
+                    stack.extend(output for output in node.outputs if output not in begin)
+            elif node not in done:
+                return True
+    return False
 
 
 def _ancestors(values: Iterable[ir.Value]) -> set[ir.Node]:

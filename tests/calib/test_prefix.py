@@ -1,0 +1,56 @@
+"""Spooled cuts of a network with branches: what is streamed equals a run of the whole network."""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from postquant.calib.input_spec import input_specs
+from postquant.calib.open_source import open_source
+from postquant.calib.prefix import Prefix
+from postquant.passes.emit import emit
+from postquant.passes.plan import QuantPlan
+from postquant.passes.session import make_session
+from postquant.runtime_ops.quantizer import TensorQuantizer
+from postquant.runtime_ops.spec import QuantSpec
+
+# "s" is read by a deep branch at once and by "c6" at the very end.
+NETWORK = """<ir_version: 8, opset_import: ["" : 17]>
+m (float[N,2,5,5] x) => (float[N,2,5,5] y) {
+    [c0] s0 = Conv (x, w, b)
+    [r0] s = Relu (s0)
+    [c1] t1 = Conv (s, w, b)
+    [c2] t2 = Conv (t1, w, b)
+    [c3] t3 = Conv (t2, w, b)
+    [c4] t4 = Conv (t3, w, b)
+    [c5] t5 = Conv (t4, w, b)
+    [c6] u = Conv (s, w, b)
+    [c7] v = Conv (u, w, b)
+    [sum] y = Add (t5, v)
+}"""
+
+
+def test_a_tensor_behind_the_cut_that_a_later_layer_still_reads(tmp_path: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+    proto = onnx.parser.parse_model(NETWORK)
+    for name, shape in (("w", (2, 2, 1, 1)), ("b", (2,))):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name))
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    source = open_source(rng.normal(size=(5, 2, 5, 5)).astype(np.float32), input_specs(model))
+    quantizer = TensorQuantizer.from_range(QuantSpec(8, False, False), -6.0, 6.0)
+    order = ["x", "s", "t1", "t2", "t3", "t4", "t5", "u", "v"]
+    prefix = Prefix(model, source, tmp_path)
+    for position, tensor in enumerate(order):
+        plan = QuantPlan("", activations=dict.fromkeys(order[:position], quantizer))
+        streamed = list(prefix.stream(plan, [tensor], decided=order[:position]))
+        whole = make_session(emit(model, plan), outputs=[tensor]) if tensor != "x" else None
+        exact = make_session(model, outputs=[tensor]) if tensor != "x" else None
+        for sample, (found, quantized) in zip(source, streamed, strict=True):
+            assert found is not None
+            wanted = sample["x"] if exact is None else exact.run(sample)[tensor]
+            np.testing.assert_allclose(found[tensor], wanted, rtol=1e-5, atol=1e-6)
+            wanted = sample["x"] if whole is None else whole.run(sample)[tensor]
+            np.testing.assert_allclose(quantized[tensor], wanted, rtol=1e-5, atol=1e-5)

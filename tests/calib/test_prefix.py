@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
 import numpy as np
 import onnx
@@ -50,7 +51,7 @@ def test_a_tensor_behind_the_cut_that_a_later_layer_still_reads(tmp_path: pathli
         exact = make_session(model, outputs=[tensor]) if tensor != "x" else None
         for sample, (found, quantized) in zip(source, streamed, strict=True):
             assert found is not None
-            wanted = sample["x"] if exact is None else exact.run(sample)[tensor]
+            wanted: Any = sample["x"] if exact is None else exact.run(sample)[tensor]
             np.testing.assert_allclose(found[tensor], wanted, rtol=1e-5, atol=1e-6)
             wanted = sample["x"] if whole is None else whole.run(sample)[tensor]
             np.testing.assert_allclose(quantized[tensor], wanted, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""How many samples, and how large ones, the measuring of effects on the outputs may cost: :func:`affordable_effect`."""
+"""How many samples the measuring of effects on the outputs may cost: :func:`affordable_effect`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from collections.abc import Collection
 
 import onnx_ir as ir
 
-from postquant.calib.cropped_source import cropped
 from postquant.calib.output_effect import EffectOptions, OutputEffect
 from postquant.calib.source import CalibrationSource
 from postquant.calib.work import forward_work
-from postquant.runtime_ops.errors import ModelError
 
 # Multiply-accumulates that measuring effects may cost; MobileNetV2 at 224 x 224 takes a third of it.
 EFFECT_WORK = 3.0e12
 _CANDIDATES = 8
 _MOST_SAMPLES = 192
-_SIDES = (128, 96, 64, 48, 32)
 
 
 def effect_options(work: float, tensors: int, samples: int, *, budget: float = EFFECT_WORK) -> EffectOptions | None:
@@ -49,8 +46,6 @@ def affordable_effect(
 ) -> tuple[OutputEffect | None, str | None]:
     """Measures effects on as much data as the budget allows.
 
-    Where whole images cost too much and the model takes any size, windows of them are used.
-
     Args:
         model: The simplified float model.
         source: Calibration data.
@@ -62,21 +57,9 @@ def affordable_effect(
     Returns:
         What measures, or None where even the least costs too much; and a note for the report, or None.
     """
-    work = forward_work(model, source)
-    options, seen, note = effect_options(work, tensors, len(source)), source, None
-    for side in _SIDES if options is None else ():
-        windows = cropped(source, side)
-        if windows is None:
-            break
-        try:
-            options = effect_options(forward_work(model, windows), tensors, len(source))
-        except ModelError:  # smaller than the model can take, though its input's shape does not say so
-            break
-        if options is not None:
-            seen, note = windows, f"effects on the outputs were measured on windows of {side} x {side} pixels"
-            break
+    options = effect_options(forward_work(model, source), tensors, len(source))
     if options is None:
         return None, "ranges were chosen by tensor error: measuring effects on the outputs would cost too much"
     if samples is not None:
         options = dataclasses.replace(options, samples=samples, screening=samples)
-    return OutputEffect(model, seen, options, floats=floats, threads=threads), note
+    return OutputEffect(model, source, options, floats=floats, threads=threads), None

@@ -1,4 +1,4 @@
-"""How much data the measuring of effects gets: the arithmetic of the budget, and windows of large images."""
+"""How much data the measuring of effects gets: the arithmetic of the budget."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from postquant.calib.cropped_source import cropped
 from postquant.calib.effect_budget import affordable_effect, effect_options
 from postquant.calib.input_spec import input_specs
 from postquant.calib.open_source import open_source
@@ -41,43 +40,6 @@ def test_a_budget_decides_how_much_is_tried() -> None:
 def test_work_is_positions_times_outputs_times_depth() -> None:
     model, images = convolution("H,W", side=6)
     assert forward_work(model, open_source(images, input_specs(model))) == 36 * 3 * 27
-
-
-def test_windows_are_parts_of_the_images_at_different_places() -> None:
-    model, images = convolution("H,W", side=40)
-    source = open_source(images, input_specs(model))
-    windows = cropped(source, 16)
-    assert windows is not None
-    assert len(windows) == len(source)
-    corners = set()
-    for image, window in zip(images, windows, strict=True):
-        found = np.lib.stride_tricks.sliding_window_view(image, (3, 16, 16))[0]
-        places = np.argwhere((found == window["x"][0]).all((2, 3, 4)))
-        assert len(places) == 1
-        corners.add(tuple(places[0]))
-    assert len(corners) == len(images)
-    smaller = cropped(source, 64)
-    assert smaller is not None
-    assert [w["x"].shape for w in smaller.read([0])] == [(1, 3, 40, 40)], "nothing to cut"
-
-
-def test_only_images_of_any_size_are_cut() -> None:
-    model, images = convolution("8,W", side=8)
-    assert cropped(open_source(images, input_specs(model)), 4) is None
-
-
-def test_windows_serve_where_whole_images_cost_too_much() -> None:
-    model, images = convolution("H,W", side=256, width=64)
-    source = open_source(images, input_specs(model))
-    tensors = 2000
-    assert effect_options(forward_work(model, source), tensors, len(source)) is None
-    effect, note = affordable_effect(model, source, tensors)
-    assert effect is not None
-    assert note is not None
-    assert "windows of" in note
-    whole, nothing = affordable_effect(model, source, 2)
-    assert whole is not None
-    assert nothing is None
 
 
 def test_no_effect_where_even_the_least_costs_too_much() -> None:

@@ -65,7 +65,7 @@ class Case:
 
 
 CASES = (
-    Case("mobilenetv2", "imagenet", "imagenet/mobilenetv2_1.0.onnx", "top1", 256, ((8, 8), (7, 7))),
+    Case("mobilenetv2", "imagenet", "imagenet/mobilenetv2_1.0.onnx", "top1", 256, ((8, 8), (7, 7), (4, 8))),
     Case("resnet20", "cifar10", "cifar10/resnet20.onnx", "top1", 512, ((8, 8), (7, 7), (4, 8), (4, 4))),
     Case("resnet56", "cifar10", "cifar10/resnet56.onnx", "top1", 512),
     Case("resnet8", "cifar10_raw", "cifar10/resnet8_mlperftiny.onnx", "top1", 512),

@@ -19,7 +19,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -188,8 +188,12 @@ class _Verifier:
         coverage = integer_coverage(self.model, optimized)
         self.check("float nodes stay float", self._float_problem(coverage))
 
-        outputs, held, first_outputs = self._measure(samples, deployed, integer_samples, tensor_samples)
-        del deployed  # a session may hold a second copy of the weights: never more than one at a time
+        with tempfile.TemporaryFile(prefix="postquant-") as spool:
+            held, first_outputs = self._run_all(samples, deployed, spool, integer_samples, tensor_samples)
+            names = deployed.output_names
+            # A session holds the weights, perhaps twice: never more than one at a time.
+            del deployed
+            outputs = self._measure(samples, names, spool)
         simulation = Simulation(self.float_model, self.groups, self.plan)
         integers = check_integers(
             self.model, simulation, held[:integer_samples], first_outputs, deployed=optimized, threads=self.threads
@@ -210,39 +214,44 @@ class _Verifier:
             measured=self.count,
         )
 
-    def _measure(
-        self, samples: Iterable[Feed], deployed: Session, integer_samples: int, tensor_samples: int
-    ) -> tuple[tuple[OutputReport, ...], list[Feed], list[dict[str, npt.NDArray[Any]]]]:
-        """Runs all samples: the quality of the outputs, and the first samples with the outputs of the first of them."""
+    def _run_all(
+        self, samples: Iterable[Feed], deployed: Session, spool: IO[bytes], integer_samples: int, tensor_samples: int
+    ) -> tuple[list[Feed], list[dict[str, npt.NDArray[Any]]]]:
+        """Runs all samples and writes the outputs down; the first samples, and the outputs of the very first."""
         held: list[Feed] = []
         first: list[dict[str, npt.NDArray[Any]]] = []
+        for feed in samples:
+            got = deployed.run(feed)
+            for name in deployed.output_names:
+                np.save(spool, got[name], allow_pickle=False)
+            if self.count < max(integer_samples, tensor_samples):
+                held.append(feed)
+            if self.count < integer_samples:
+                first.append(got)
+            self.count += 1
+        if not self.count:
+            raise VerificationError("there is no sample to verify the model with", hint="give at least one")
+        return held, first
+
+    def _measure(
+        self, samples: Iterable[Feed], output_names: Sequence[str], spool: IO[bytes]
+    ) -> tuple[OutputReport, ...]:
+        """The quality of the outputs that :meth:`_run_all` has written down."""
         problem: str | None = None
-        with tempfile.TemporaryFile(prefix="postquant-") as spool:
-            for feed in samples:
-                got = deployed.run(feed)
-                for name in deployed.output_names:
-                    np.save(spool, got[name], allow_pickle=False)
-                if self.count < max(integer_samples, tensor_samples):
-                    held.append(feed)
-                if self.count < integer_samples:
-                    first.append(got)
-                self.count += 1
-            if not self.count:
-                raise VerificationError("there is no sample to verify the model with", hint="give at least one")
-            spool.seek(0)
-            meters = {name: SimilarityMeter() for name in deployed.output_names}
-            reference = float_session(self.reference, threads=self.threads)
-            names = dict(zip(deployed.output_names, reference.output_names, strict=True))
-            for index, feed in zip(range(self.count), samples, strict=False):
-                wanted = reference.run(feed)
-                for name, meter in meters.items():
-                    array = np.load(spool, allow_pickle=False)
-                    found = _output_problem(name, index, wanted[names[name]], array)
-                    if found is None or array.shape == wanted[names[name]].shape:
-                        meter.add(wanted[names[name]], array)
-                    problem = problem or found
+        spool.seek(0)
+        meters = {name: SimilarityMeter() for name in output_names}
+        reference = float_session(self.reference, threads=self.threads)
+        names = dict(zip(output_names, reference.output_names, strict=True))
+        for index, feed in zip(range(self.count), samples, strict=False):
+            wanted = reference.run(feed)
+            for name, meter in meters.items():
+                array = np.load(spool, allow_pickle=False)
+                found = _output_problem(name, index, wanted[names[name]], array)
+                if found is None or array.shape == wanted[names[name]].shape:
+                    meter.add(wanted[names[name]], array)
+                problem = problem or found
         self.check("outputs have the float model's shapes and are finite", problem, f"{self.count} samples")
-        return tuple(output_report(name, meter.result()) for name, meter in meters.items()), held, first
+        return tuple(output_report(name, meter.result()) for name, meter in meters.items())
 
     def _plan_problem(self) -> str | None:
         found = []

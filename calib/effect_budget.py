@@ -41,6 +41,7 @@ def affordable_effect(
     tensors: int,
     *,
     floats: Collection[str] = (),
+    rounded: Collection[str] = (),
     samples: int | None = None,
     threads: int = 1,
 ) -> tuple[OutputEffect | None, str | None]:
@@ -51,6 +52,7 @@ def affordable_effect(
         source: Calibration data.
         tensors: Number of tensors to decide.
         floats: Names of the nodes that stay in float.
+        rounded: Values that these read behind their quantization.
         samples: How many samples see every candidate; as many as the budget allows when None.
         threads: How many samples are run at the same time; never changes the result.
 
@@ -62,4 +64,4 @@ def affordable_effect(
         return None, "ranges were chosen by tensor error: measuring effects on the outputs would cost too much"
     if samples is not None:
         options = dataclasses.replace(options, samples=samples, screening=samples)
-    return OutputEffect(model, source, options, floats=floats, threads=threads), None
+    return OutputEffect(model, source, options, floats=floats, rounded=rounded, threads=threads), None

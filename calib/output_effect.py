@@ -154,6 +154,7 @@ class OutputEffect:
         source: Calibration data.
         options: How much is tried.
         floats: Names of the nodes that stay in float: some of them read a value before its quantization.
+        rounded: Values that these nodes read behind it all the same (``QuantPlan.rounded_inputs``).
         threads: How many samples are run at the same time; never changes the result.
     """
 
@@ -164,11 +165,13 @@ class OutputEffect:
         options: EffectOptions,
         *,
         floats: Collection[str] = (),
+        rounded: Collection[str] = (),
         threads: int = 1,
     ) -> None:
         self._model = model
         self._options = options
         self._floats = frozenset(floats)
+        self._rounded = frozenset(rounded)
         self._threads = threads
         self._samples = list(source.read(spaced(len(source), options.samples)))
         # The screening samples come first, themselves spread over all.
@@ -198,7 +201,8 @@ class OutputEffect:
         """Who reads the quantized value in the emitted model, and whether the graph's output is the quantized one."""
         if reader is not None:
             return [(use.node, use.idx) for use in value.uses() if (use.node.name, use.idx) == reader], False
-        if reads_original(value, {node for node in graph if node.name not in self._floats}):
+        integer = {node for node in graph if node.name not in self._floats}
+        if value.name not in self._rounded and reads_original(value, integer):
             return [(use.node, use.idx) for use in value.uses() if use.node.name not in self._floats], False
         return [(use.node, use.idx) for use in value.uses()], value.is_graph_output()
 

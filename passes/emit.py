@@ -123,7 +123,7 @@ class _Emission:
     def _store(self, value: ir.Value, quantizer: TensorQuantizer) -> None:
         name = value.name
         assert name is not None
-        original = reads_original(value, self.integer)
+        original = name not in self.plan.rounded_inputs and reads_original(value, self.integer)
         uses = [use for use in value.uses() if not original or use.node in self.integer]
         is_output = value.is_graph_output()
         if not uses and (original or not is_output):

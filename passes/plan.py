@@ -49,6 +49,7 @@ class QuantPlan:
             weight initializer name); emitted as int32 with scale ``s_x * s_w``.
         floats: Node name -> why it stays in float.
         notes: What else a report must not be silent about, in the order in which it happened.
+        rounded_inputs: Quantized graph inputs whose float readers read the dequantized value too.
     """
 
     target: str
@@ -60,6 +61,7 @@ class QuantPlan:
     int_biases: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     floats: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    rounded_inputs: tuple[str, ...] = ()
 
     def with_activation(self, name: str, entry: Entry) -> QuantPlan:
         """The plan with one stored activation decided."""
@@ -123,6 +125,7 @@ class QuantPlan:
         header["int_biases"] = {k: list(v) for k, v in sorted(self.int_biases.items())}
         header["floats"] = dict(sorted(self.floats.items()))
         header["notes"] = list(self.notes)
+        header["rounded_inputs"] = list(self.rounded_inputs)
         # One metadata key only: safetensors writes several in hash order, which is not reproducible.
         data = safetensors.numpy.save(
             dict(sorted(arrays.items())), metadata={"postquant": json.dumps(header, sort_keys=True)}
@@ -186,6 +189,7 @@ class QuantPlan:
             int_biases={k: (v[0], v[1]) for k, v in header["int_biases"].items()},
             floats=header["floats"],
             notes=tuple(header["notes"]),
+            rounded_inputs=tuple(header.get("rounded_inputs", ())),
         )
 
 

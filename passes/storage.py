@@ -163,6 +163,7 @@ def reads_original(value: ir.Value, integer: set[ir.Node]) -> bool:
 
     They do where that costs nothing: the value is a graph input, or comes from a float node, or from a Gemm or MatMul,
     whose integer kernels write float as well. A convolution runs on integers only if nothing reads its float output.
+    A graph input may be an exception (``QuantPlan.rounded_inputs``): its reader decides, not this function.
     """
     node = value.producer()
     return node is None or node not in integer or node.op_type in semantics.FLOAT_OUTPUT_IS_FREE

@@ -12,7 +12,7 @@ from postquant.passes.concat import share_concat
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline.stage_log import StageLog
 
-_SAMPLES = 8
+SAMPLES = 8
 
 
 def decide_concats(
@@ -34,21 +34,21 @@ def decide_concats(
     concats = [node for node in concats if share_concat(plan, node) is not plan]
     if not concats:
         return plan
-    trial = Trial(model, source, samples=_SAMPLES, threads=threads)
+    trial = Trial(model, source, samples=SAMPLES, threads=threads)
     shared = 0
     for node in concats:
         together = share_concat(plan, node)
         if together is plan:
             continue
         names = [v.name or "" for v in (*node.inputs, node.outputs[0]) if v is not None]
-        outcomes = [trial.measure(model, _only(candidate, names)) for candidate in (plan, together)]
+        outcomes = [trial.measure(model, only(candidate, names)) for candidate in (plan, together)]
         if keep_better(outcomes) == 1:
             plan, shared = together, shared + 1
     log.add("concatenations", f"{shared} of {len(concats)} copy codes, the others requantize their inputs")
     return plan
 
 
-def _only(plan: QuantPlan, names: list[str]) -> QuantPlan:
+def only(plan: QuantPlan, names: list[str]) -> QuantPlan:
     """A plan that quantizes these values only, with everything that shares their codes."""
     keys = {plan.shared.get(name, name) for name in names}
     return dataclasses.replace(

@@ -54,6 +54,7 @@ from postquant.passes.target import WeightStorage
 from postquant.pipeline.borders import decide_borders
 from postquant.pipeline.concats import decide_concats
 from postquant.pipeline.config import Method, QuantConfig
+from postquant.pipeline.input_readers import decide_input_readers
 from postquant.pipeline.job import Job, Outcome
 from postquant.pipeline.layer_reports import float_reports, layer_reports, packing_note
 from postquant.pipeline.methods import code_books, range_method
@@ -236,6 +237,7 @@ def _decide_ranges(job: Job, model: ir.Model, plan: QuantPlan, log: StageLog, th
     plan = start_weights(model, decided.plan, p=config.lp if config.method is Method.MSE else None)
     if method is None:
         plan = decide_concats(model, plan, source, log, threads=threads)
+        plan = decide_input_readers(model, plan, source, log, threads=threads)
     log.add("ranges", config.method.value)
     job.checkpoint.save("ranges", plan=plan, data=log.since_resume())
     return plan
@@ -343,7 +345,13 @@ def _judge(
     """Refuses scales that are better for the next layer but worse for the network; None where asking costs too much."""
     # Two candidates only: nothing to screen.
     effect, _ = affordable_effect(
-        model, source, len(plan.activations), floats=plan.floats, samples=_JUDGE_SAMPLES, threads=threads
+        model,
+        source,
+        len(plan.activations),
+        floats=plan.floats,
+        rounded=plan.rounded_inputs,
+        samples=_JUDGE_SAMPLES,
+        threads=threads,
     )
     if effect is None:
         return None

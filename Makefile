@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUT ?= demo-out
 PYTEST_ARGS ?=
+PYTEST_WORKERS ?= auto
 BENCH_ARGS ?=
 FUZZ_SECONDS ?= 600
 ORT_VERSIONS ?= 1.16.3 1.17.3 1.20.1 1.23.2 1.26.0
@@ -25,7 +26,7 @@ demo: $(VENV)/.installed
 	$(BIN)/postquant demo --out $(DEMO_OUT)
 
 test: lint types
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

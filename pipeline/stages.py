@@ -165,7 +165,14 @@ def _change_graph(
         groups = smooth_groups(model)
         if groups:
             job.progress.stage("smooth")
-            choices = measure_smoothing(model, source, groups, abits=config.abits, wbits=config.wbits)
+            choices = measure_smoothing(
+                model,
+                source,
+                groups,
+                abits=config.abits,
+                wbits=config.wbits,
+                symmetric=job.target.activations.symmetric,
+            )
             factors = kept_factors(choices)
             SmoothPass(factors)(model)
             settle_lazy_tensors(model, folder)

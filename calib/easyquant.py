@@ -36,6 +36,7 @@ from postquant.calib.search_effort import choose_effort
 from postquant.calib.site_data import SiteData, WorkLimits, sampled_positions
 from postquant.calib.weight_search import SearchOptions, WeightProblem, problem_of, search_problem
 from postquant.passes import semantics
+from postquant.passes.free_memory import give_back_memory, release_weights
 from postquant.passes.plan import QuantPlan
 from postquant.runtime_ops.code_book import CodeBook
 from postquant.runtime_ops.quantizer import TensorQuantizer
@@ -178,24 +179,32 @@ class EasyQuant:
         decided: set[str] = set()
         means: dict[str, FloatArray] = {}
         changes: list[LayerChange] = []
-        for site in sites:
+        for index, site in enumerate(sites):
+            later = [layer.input for other in sites[index + 1 :] for layer in other.layers]
             # Everything stored before this site keeps its quantizer; what comes later is still float.
             before = order[: place[site.tensor]]
             done = _up_to(plan, before, decided, site)
-            plan, site_changes = self._visit(plan, done, site, before, means)
+            plan, site_changes = self._visit(plan, done, site, before, later, means)
             changes.extend(site_changes)
-            _release_weights(self._model, site)
+            release_weights(self._model, [layer.weight for layer in site.layers])
             decided.update(layer.weight for layer in site.layers)
             if progress is not None:
                 progress()
+        give_back_memory()
         return EasyQuantResult(plan, means, tuple(changes), notes)
 
     def _visit(
-        self, plan: QuantPlan, done: QuantPlan, site: _Site, before: Sequence[str], means: dict[str, FloatArray]
+        self,
+        plan: QuantPlan,
+        done: QuantPlan,
+        site: _Site,
+        before: Sequence[str],
+        later: Sequence[str],
+        means: dict[str, FloatArray],
     ) -> tuple[QuantPlan, list[LayerChange]]:
         start = _quantizer(plan, site)
         weights = {layer.name: _float_weight(self._model, layer) for layer in site.layers}
-        data = self._collect(plan, done, site, before)
+        data = self._collect(plan, done, site, before, later)
         starts = {layer.name: _weight_quantizer(plan, layer) for layer in site.layers}
         problems: dict[str, tuple[Moments, WeightProblem]] = {}
 
@@ -252,7 +261,9 @@ class EasyQuant:
             )
         return plan, changes
 
-    def _collect(self, plan: QuantPlan, done: QuantPlan, site: _Site, before: Sequence[str]) -> SiteData:
+    def _collect(
+        self, plan: QuantPlan, done: QuantPlan, site: _Site, before: Sequence[str], later: Sequence[str]
+    ) -> SiteData:
         """One pass over all samples: moments at the start's scale, and rows of a part of the samples."""
         limits = self._limits
         entry = plan.activations[site.tensor] if site.key is not None else None
@@ -260,7 +271,8 @@ class EasyQuant:
         data = SiteData(site.layers, _quantizer(plan, site), limits)
         inputs = list(dict.fromkeys(layer.input for layer in site.layers))
         stride = max(self._prefix.samples // limits.sampled_samples, 1)
-        for index, (exact, quantized) in enumerate(self._prefix.stream(done, inputs, decided=before)):
+        streams = self._prefix.stream(done, inputs, decided=before, later=later)
+        for index, (exact, quantized) in enumerate(streams):
             for layer in site.layers:
                 x = quantized[layer.input]
                 positions = sampled_positions(layer, x.shape, limits.positions_per_sample, limits.seed, index)
@@ -346,14 +358,6 @@ def _weight_quantizer(plan: QuantPlan, layer: Layer) -> TensorQuantizer:
     entry = plan.weights[layer.weight]
     assert isinstance(entry, TensorQuantizer)
     return entry
-
-
-def _release_weights(model: ir.Model, site: _Site) -> None:
-    """Lets go of the pages of weights that lie in files."""
-    for layer in site.layers:
-        tensor = model.graph.initializers[layer.weight].const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.release()
 
 
 def _float_weight(model: ir.Model, layer: Layer) -> FloatArray:

@@ -84,7 +84,12 @@ class Prefix:
         return len(self._source)
 
     def stream(
-        self, plan: QuantPlan, tensors: Sequence[str], *, decided: Iterable[str] | None = None
+        self,
+        plan: QuantPlan,
+        tensors: Sequence[str],
+        *,
+        decided: Iterable[str] | None = None,
+        later: Iterable[str] = (),
     ) -> Iterator[tuple[Sample | None, Sample]]:
         """Tensors for each sample.
 
@@ -93,6 +98,8 @@ class Prefix:
             tensors: Values of the float model.
             decided: Tensors whose readers may still come but whose makers never run again: the next calls will
                 start behind them, provided that all samples were taken.
+            later: Tensors that the next calls will ask for; they may lie in front of ``decided``, where tensors share
+                a scale that is decided with the last of them.
 
         Yields:
             The float values and those behind the quantized prefix, before their own quantizer, by name.
@@ -101,8 +108,8 @@ class Prefix:
         plans = [(self._model, self._float), (quantized, self._quantized)]
         cuts: list[tuple[str, ...]] = [(), ()]
         if decided is not None:
-            names = list(decided)
-            cuts = [_frontier(model, names, side.start) for model, side in plans]
+            names, asked = list(decided), list(later)
+            cuts = [_frontier(model, names, side.start, asked) for model, side in plans]
             layers = _layers_behind(self._model, self._float.start, names)
             if layers < _MIN_LAYERS or not all(cuts):
                 cuts = [(), ()]
@@ -181,8 +188,10 @@ def spaced(count: int, limit: int | None, *, between: bool = False) -> list[int]
     return [(i * count + (count // 2 if between else 0)) // limit for i in range(limit)]
 
 
-def _frontier(model: ir.Model, tensors: Sequence[str], start: Sequence[str] | None) -> tuple[str, ...]:
-    """Values that lie between the nodes that make ``tensors`` and the nodes still to come.
+def _frontier(
+    model: ir.Model, tensors: Sequence[str], start: Sequence[str] | None, later: Sequence[str]
+) -> tuple[str, ...]:
+    """Values that lie between the nodes that make ``tensors`` and the nodes still to come, or that are asked for later.
 
     Codes cross the cut instead of the floats that DequantizeLinear makes of them.
     """
@@ -207,37 +216,37 @@ def _frontier(model: ir.Model, tensors: Sequence[str], start: Sequence[str] | No
             continue
         done.add(node)
         stack.extend(v for v in node.inputs if v is not None)
-    crossing: dict[str, None] = {}
-    for value in (*begin, *(v for node in model.graph if node in done for v in node.outputs)):
-        if value in begin and value.producer() in done:
-            continue
-        # What lies in front of the last cut has run as well: a residual stream must not collect all of its sums.
-        later = _read_later(value, done, old, begin) or value.is_graph_output()
-        if not later:
-            continue
+    crossing: set[str] = set()
+    wanted = [v for node in model.graph if node not in done and node not in old for v in node.inputs]
+    wanted += [value for node in done for value in node.outputs if value.is_graph_output()]
+    wanted += [values.get(name) for name in later]
+    for value in _kept_for(wanted, done, old, begin):
         producer = value.producer()
         codes = producer.inputs[0] if producer is not None and producer.op_type == "DequantizeLinear" else None
-        crossing[(value if codes is None or value in begin else codes).name or ""] = None
+        crossing.add((value if codes is None or value in begin else codes).name or "")
     return tuple(sorted(crossing))
 
 
-def _read_later(value: ir.Value, done: set[ir.Node], old: set[ir.Node], begin: set[ir.Value]) -> bool:
-    """Whether a node still to come reads a value.
+def _kept_for(
+    wanted: Iterable[ir.Value | None], done: set[ir.Node], old: set[ir.Node], begin: set[ir.Value]
+) -> set[ir.Value]:
+    """The values that have to be kept for those that nodes still to come read.
 
-    It may do so through nodes in front of the last cut whose results were not kept, as the DequantizeLinear of codes at
-    the cut that an earlier layer has read as well: these run again.
+    What lies in front of the last cut has run as well, and its results are gone unless they are at that cut: a
+    DequantizeLinear of codes at the cut, which an earlier layer has read too, runs again.
     """
+    kept: set[ir.Value] = set()
     seen: set[ir.Node] = set()
-    stack = [value]
+    stack = [value for value in wanted if value is not None]
     while stack:
-        for node, _ in stack.pop().uses():
-            if node in old:
-                if node not in seen:
-                    seen.add(node)
-                    stack.extend(output for output in node.outputs if output not in begin)
-            elif node not in done:
-                return True
-    return False
+        value = stack.pop()
+        node = value.producer()
+        if value in begin or node in done:
+            kept.add(value)
+        elif node is not None and node in old and node not in seen:
+            seen.add(node)
+            stack.extend(v for v in node.inputs if v is not None)
+    return kept
 
 
 def _ancestors(values: Iterable[ir.Value]) -> set[ir.Node]:

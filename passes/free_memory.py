@@ -1,10 +1,12 @@
-"""Gives memory that is free back to the operating system: :func:`give_back_memory`."""
+"""Gives memory back to the operating system: :func:`give_back_memory`, :func:`release_weights`."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+import onnx_ir as ir
 
 
 def give_back_memory() -> None:
@@ -16,6 +18,19 @@ def give_back_memory() -> None:
     trim = _trim()
     if trim is not None:
         trim(0)
+
+
+def release_weights(model: ir.Model, names: Iterable[str] | None = None) -> None:
+    """Lets go of the pages of weights that lie in files; who needs them again reads them again.
+
+    Args:
+        model: The model.
+        names: Initializers; all of them when None.
+    """
+    for name in model.graph.initializers if names is None else names:
+        tensor = model.graph.initializers[name].const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()
 
 
 @functools.cache

@@ -26,6 +26,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from postquant.passes.free_memory import give_back_memory, release_weights
 from postquant.passes.lut_expansion import with_qdq
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import Session, custom_operators, first_sentence
@@ -201,6 +202,9 @@ class _Verifier:
         self.check("integers equal the simulation", integers.problem, integers.summary)
         self.check("observing changes nothing", integers.disturbance, integers.undisturbed)
         self.notes += integers.notes
+        for model in (self.model, self.float_model):
+            release_weights(model)
+        give_back_memory()
         quality = stored_tensor_quality(
             self.float_model, self.model, simulation.stored, held[:tensor_samples], threads=self.threads
         )

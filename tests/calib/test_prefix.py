@@ -55,3 +55,24 @@ def test_a_tensor_behind_the_cut_that_a_later_layer_still_reads(tmp_path: pathli
             np.testing.assert_allclose(found[tensor], wanted, rtol=1e-5, atol=1e-6)
             wanted = sample["x"] if whole is None else whole.run(sample)[tensor]
             np.testing.assert_allclose(quantized[tensor], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tensor_in_front_of_the_cut_that_is_asked_for_later(tmp_path: pathlib.Path) -> None:
+    """As for tensors that share a scale: decided with the last of them, and the first one lies far in front."""
+    rng = np.random.default_rng(0)
+    proto = onnx.parser.parse_model(NETWORK)
+    for name, shape in (("w", (2, 2, 1, 1)), ("b", (2,))):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name))
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    source = open_source(rng.normal(size=(5, 2, 5, 5)).astype(np.float32), input_specs(model))
+    quantizer = TensorQuantizer.from_range(QuantSpec(8, False, False), -6.0, 6.0)
+    asked = ["s", "t2", "t3", "t4", "t5", "t1", "u", "v"]  # t1 comes when t5 is done
+    decided = ["x", "s", "t2", "t3", "t4", "t5", "t1", "u"]
+    prefix = Prefix(model, source, tmp_path)
+    for position, tensor in enumerate(asked):
+        plan = QuantPlan("", activations=dict.fromkeys(decided[: position + 1], quantizer))
+        streams = prefix.stream(plan, [tensor], decided=decided[: position + 1], later=asked[position + 1 :])
+        exact = make_session(model, outputs=[tensor])
+        for sample, (found, _) in zip(source, streams, strict=True):
+            assert found is not None
+            np.testing.assert_allclose(found[tensor], exact.run(sample)[tensor], rtol=1e-5, atol=1e-6)

@@ -40,7 +40,13 @@ INT4_OPSET = 21
 _INT4_IR_VERSION = 10
 
 
-def emit(model: ir.Model, plan: QuantPlan, *, weight_storage: WeightStorage = WeightStorage.INT8) -> ir.Model:
+def emit(
+    model: ir.Model,
+    plan: QuantPlan,
+    *,
+    weight_storage: WeightStorage = WeightStorage.INT8,
+    exact_post: bool = False,
+) -> ir.Model:
     """The quantized model.
 
     Args:
@@ -48,6 +54,8 @@ def emit(model: ir.Model, plan: QuantPlan, *, weight_storage: WeightStorage = We
         plan: The decisions; undecided entries stay in float.
         weight_storage: Container of weight codes of 4 and fewer bits; a weight whose node has no packed form, or which
             has a code book that the container does not hold, keeps one code per byte.
+        exact_post: Whether packed matrix products with POST weights compute with exact powers of sqrt(2), in two
+            integer products each, instead of the int8 lattice (:mod:`postquant.passes.lut_nodes`).
 
     Returns:
         A new model with the same inputs, outputs, dynamic axes and metadata.
@@ -70,7 +78,7 @@ def emit(model: ir.Model, plan: QuantPlan, *, weight_storage: WeightStorage = We
     emission.run()
     add_border_function(copy)
     if weight_storage is WeightStorage.PACKED:
-        pack_weights(copy, emission.build, emission.narrow_weights)
+        pack_weights(copy, emission.build, emission.narrow_weights, exact_post=exact_post)
         emission.drop_unread_constants()
     return copy
 

@@ -13,16 +13,81 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from postquant.passes.lut_nodes import CONV, MATMUL, Origin
+from postquant.passes.lut_groups import bias_codes
+from postquant.passes.lut_nodes import CONV, MATMUL, MATMUL_TO_FLOAT, METADATA_KEY, Origin
 from postquant.passes.qdq import Builder
+from postquant.runtime_ops.code_book import post_table
 from postquant.runtime_ops.errors import VerificationError
 from postquant.runtime_ops.law_lut import LutWeight
+from postquant.runtime_ops.post_lattice import lattice_scale
 from postquant.runtime_ops.schema import DOMAIN
+
+_EXACT_POST = "exact_post"
 
 
 def is_packed(node: ir.Node) -> bool:
     """Whether a node has a packed weight."""
-    return node.domain == DOMAIN and node.op_type in (CONV, MATMUL)
+    return node.domain == DOMAIN and node.op_type in (CONV, MATMUL, MATMUL_TO_FLOAT)
+
+
+def packed_layers(model: ir.Model) -> dict[str, str]:
+    """The weighted nodes that packed ones stand for: name -> the value that its (first) packed node writes."""
+    layers: dict[str, str] = {}
+    members = {node for add in model.graph for node in _planes(add)}
+    for node in model.graph:
+        planes = _planes(node)
+        if planes or (is_packed(node) and node not in members):
+            layers[node.name or ""] = (planes[0] if planes else node).outputs[0].name or ""
+    return layers
+
+
+def is_two_planes(node: ir.Node) -> bool:
+    """Whether a node of an emitted graph adds two planes of POST."""
+    return bool(_planes(node))
+
+
+def is_exact_post(node: ir.Node) -> bool:
+    """Whether the DequantizeLinear of a weight in :func:`with_qdq`'s model stands for two planes of POST.
+
+    Its codes are those of the lattice, which name the levels; the file computes with the levels themselves
+    (:func:`postquant.runtime_ops.post_lattice.exact_levels`).
+    """
+    return node.metadata_props.get(METADATA_KEY) == _EXACT_POST
+
+
+def _planes(node: ir.Node) -> list[ir.Node]:
+    """The two products that an Add of two planes of POST adds; empty for any other node."""
+    text = node.metadata_props.get(METADATA_KEY)
+    if node.op_type != "Add" or node.domain or text is None:
+        return []
+    producers = [None if value is None else value.producer() for value in node.inputs]
+    planes = [made for made in producers if made is not None and is_packed(made)]
+    return planes if len(planes) == len(producers) else []
+
+
+def _join(graph: ir.Graph, build: Builder, add: ir.Node, even: ir.Node, odd: ir.Node) -> None:
+    """One packed node with the lattice's table in place of two planes and their sum."""
+    table = build.initializer(f"{add.name}_lattice", post_table(even.attributes["bits"].as_int()))
+    scale = build.initializer(f"{add.name}_lattice_scale", lattice_scale(_constant(even, 5).numpy()))
+    stored = add.outputs[0]
+    name, stored.name = stored.name, None
+    result = ir.Value(name=name, type=stored.type, shape=stored.shape)
+    attributes = [ir.Attr(attr.name, attr.type, attr.value) for attr in even.attributes.values()]
+    inputs = [*even.inputs[:4], table, scale, even.inputs[6]]
+    joined = ir.Node(DOMAIN, even.op_type, inputs, attributes, name=add.name, outputs=[result])
+    joined.metadata_props.update(add.metadata_props)
+    graph.insert_before(add, joined)
+    _replace(graph, stored, result)
+    for node in (add, even, odd):
+        graph.remove(node, safe=True)
+
+
+def _replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    for use in tuple(old.uses()):
+        use.node.replace_input_with(use.idx, new)
+    for index, output in enumerate(graph.outputs):
+        if output is old:
+            graph.outputs[index] = new
 
 
 def with_qdq(model: ir.Model) -> ir.Model:
@@ -43,6 +108,10 @@ def with_qdq(model: ir.Model) -> ir.Model:
     copy = model.clone()
     build = Builder(copy.graph)
     for node in tuple(copy.graph):
+        planes = _planes(node)
+        if planes:
+            _join(copy.graph, build, node, *planes)
+    for node in tuple(copy.graph):
         if is_packed(node):
             _Expansion(copy.graph, build, node).run()
     return copy
@@ -57,33 +126,35 @@ class _Expansion:
 
     def run(self) -> None:
         node, origin = self.node, self.origin
-        w_scale, y_scale, y_zero = (node.inputs[index] for index in (5, 7, 8))
-        inputs = [
-            self._input(),
-            self._append(
-                "DequantizeLinear",
-                [self._weight(), w_scale, self._zeros((self.shape[0],), np.int8)],
-                f"{origin.weight}_dequantized",
-                [ir.AttrInt64("axis", 1 if self.turned else 0)],
-            ),
-        ]
+        w_scale = node.inputs[5]
+        stored = node.outputs[0]
+        name, stored.name = stored.name, None
+        output = origin.output if node.op_type != MATMUL_TO_FLOAT else name or origin.output
+        weight = self._append(
+            "DequantizeLinear",
+            [self._weight(), w_scale, self._zeros((self.shape[0],), np.int8)],
+            f"{origin.weight}_dequantized",
+            [ir.AttrInt64("axis", 1 if self.turned else 0)],
+        )
+        dequantize = weight.producer()
+        if origin.planes and dequantize is not None:
+            dequantize.metadata_props[METADATA_KEY] = _EXACT_POST
+        inputs = [self._input(), weight]
         bias = self._bias()
         if bias is not None and origin.add is None:
             inputs.append(bias)
-        product = origin.output if origin.add is None else f"{origin.output}_product"
+        product = output if origin.add is None else f"{output}_product"
         value = self._append(origin.op_type, inputs, product, self._attributes(), node=node.name)
         if bias is not None and origin.add is not None:
-            value = self._append("Add", [value, bias], origin.output, node=origin.add)
-        stored = node.outputs[0]
-        name, stored.name = stored.name, None
-        codes = ir.Value(name=name, type=stored.type, shape=stored.shape)
-        quantize = ir.Node("", "QuantizeLinear", [value, y_scale, y_zero], outputs=[codes], name=name)
-        self.graph.insert_before(node, quantize)
-        for use in tuple(stored.uses()):
-            use.node.replace_input_with(use.idx, codes)
-        for index, output in enumerate(self.graph.outputs):
-            if output is stored:
-                self.graph.outputs[index] = codes
+            value = self._append("Add", [value, bias], output, node=origin.add)
+        if node.op_type == MATMUL_TO_FLOAT:
+            result = value
+            result.name, result.shape = name, stored.shape
+        else:
+            result = ir.Value(name=name, type=stored.type, shape=stored.shape)
+            quantize = ir.Node("", "QuantizeLinear", [value, *node.inputs[7:9]], outputs=[result], name=name)
+            self.graph.insert_before(node, quantize)
+        _replace(self.graph, stored, result)
         self.graph.remove(node, safe=True)
 
     def _append(
@@ -129,9 +200,16 @@ class _Expansion:
             return None
         codes = self.node.inputs[6]
         assert codes is not None
+        if self.node.op_type == MATMUL_TO_FLOAT and not origin.integer_bias:
+            if origin.bias_shape == (self.shape[0],):
+                return codes
+            return self.build.initializer(origin.bias, _constant(self.node, 6).numpy().reshape(origin.bias_shape))
         numbers = [np.asarray(_constant(self.node, index).numpy()) for index in (1, 5)]
         scale = self.build.initializer(f"{codes.name}_scale", np.asarray(numbers[0] * numbers[1], np.float32))
-        if origin.bias_shape != (self.shape[0],):
+        if origin.integer_bias:
+            flat = bias_codes(np.asarray(_constant(self.node, 6).numpy()), numbers[0], numbers[1])
+            codes = self.build.initializer(origin.bias, flat.reshape(origin.bias_shape))
+        elif origin.bias_shape != (self.shape[0],):
             flat = np.asarray(_constant(self.node, 6).numpy())
             codes = self.build.initializer(origin.bias, flat.reshape(origin.bias_shape))
         axis = ir.AttrInt64("axis", max(len(origin.bias_shape) - 1, 0))

@@ -104,6 +104,7 @@ def quantize(
     border: Annotated[str | None, option("border")] = None,
     simplify: Annotated[bool | None, option("simplify")] = None,
     weight_storage: Annotated[str | None, option("weight_storage")] = None,
+    post_exact: Annotated[bool | None, option("post_exact")] = None,
     max_positions: Annotated[str | None, option("max_positions")] = None,
     search_work: Annotated[str | None, option("search_work")] = None,
     verify_samples: Annotated[str | None, option("verify_samples")] = None,

@@ -183,6 +183,10 @@ class QuantConfig:
     weight_storage: WeightStorage | None = choice(
         WeightStorage, "container of weights of 4 and fewer bits", none="target"
     )
+    post_exact: bool = flag(
+        "matrix products with POST weights compute with exact powers of sqrt(2), in two integer products each",
+        default=False,
+    )
     max_positions: int = integer(
         "output positions per layer that the search reads where second moments do not serve", default=8192, low=64
     )
@@ -204,6 +208,13 @@ class QuantConfig:
                 where="alpha, beta",
                 expected="alpha <= 1 <= beta",
                 found=f"alpha = {self.alpha}, beta = {self.beta}",
+            )
+        if self.post_exact and self.weights not in (Weights.AUTO, Weights.POST):
+            raise ConfigError(
+                "there are no POST weights to be exact about",
+                where="post_exact, weights",
+                expected='weights = "post" or "auto"',
+                found=f'weights = "{self.weights.value}"',
             )
         if self.weights in (Weights.POST, Weights.LUT) and self.method is not Method.EASYQUANT:
             raise ConfigError(

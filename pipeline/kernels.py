@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import onnx
 import onnx_ir as ir
 
-from postquant.passes.lut_expansion import is_packed, with_qdq
+from postquant.passes.lut_expansion import packed_layers, with_qdq
 from postquant.passes.session import Session, make_session, session_options
 from postquant.pipeline.load import load_model
 
@@ -25,7 +25,7 @@ from postquant.pipeline.load import load_model
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 INTEGER_KERNELS = frozenset(
     {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger", "MatMulNBits"}
-    | {"LutQLinearConv", "LutQLinearMatMul"}
+    | {"LutQLinearConv", "LutQLinearMatMul", "LutMatMulIntegerToFloat"}
 )
 # onnxruntime names a node that replaces another "<name>_token_<number>".
 _TOKEN = re.compile(r"(_token_\d+)+$")
@@ -135,8 +135,13 @@ def _read(graph: onnx.GraphProto) -> OptimizedGraph:
 
     def behind(name: str) -> str:
         node = producers[name]
-        while node.op_type in _TRANSPORT and node.input and node.input[0] in producers:
-            node = producers[node.input[0]]
+        while node.input and node.input[0] in producers:
+            before = producers[node.input[0]]
+            # The body of LutMatMulIntegerToFloat takes the negative bias off its product.
+            biased = node.op_type == "Sub" and before.op_type == "MatMulIntegerToFloat"
+            if not biased and node.op_type not in _TRANSPORT:
+                break
+            node = before
         return str(node.op_type)
 
     by_node: dict[str, str] = {}
@@ -176,12 +181,16 @@ def integer_coverage(model: str | pathlib.Path | ir.Model, optimized: OptimizedG
     integer: dict[str, str] = {}
     floating: dict[str, str] = {}
     # onnxruntime gives nodes of function bodies no names; values that are outputs keep theirs.
-    packed = {node.name: node.outputs[0].name or "" for node in loaded.graph if is_packed(node)}
+    packed = packed_layers(loaded)
     observed = observed_session(loaded, list(packed.values()))[1] if packed else optimized
     for node in with_qdq(loaded).graph:
         if node.domain or node.op_type not in WEIGHTED:
             continue
-        kernel = (observed if node.name in packed else optimized).kernel_of(node)
+        if node.name in packed:
+            kernel = observed.by_value.get(packed[node.name], "")
+            kernel = kernel if kernel in INTEGER_KERNELS else node.op_type
+        else:
+            kernel = optimized.kernel_of(node)
         name = node.name or node.outputs[0].name or node.op_type
         if kernel in INTEGER_KERNELS:
             integer[name] = kernel

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from postquant.passes import semantics
-from postquant.passes.lut_expansion import is_packed
+from postquant.passes.lut_expansion import is_two_planes, packed_layers
 from postquant.passes.lut_nodes import FEW_BITS
 from postquant.passes.plan import QuantPlan
 from postquant.passes.subgraph import op_types
+from postquant.pipeline.config import QuantConfig
 from postquant.pipeline.quality import TensorQuality
 from postquant.pipeline.report import FloatReport, LayerReport
+from postquant.runtime_ops.code_book import CodeBook
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 
@@ -86,7 +88,7 @@ def packing_note(model: ir.Model, plan: QuantPlan, emitted: ir.Model) -> str | N
         plan: The final plan.
         emitted: The quantized model.
     """
-    packed = {node.name for node in emitted.graph if is_packed(node)}
+    packed = packed_layers(emitted)
     names = []
     for node in model.graph:
         index = semantics.weight_index(node)
@@ -99,8 +101,32 @@ def packing_note(model: ir.Model, plan: QuantPlan, emitted: ir.Model) -> str | N
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
         f"weights of {len(names)} layers are stored as int8 although they have at most {FEW_BITS} bits: no packed "
-        f"operator computes them, or their output stays in float ({shown})"
+        f"operator computes them ({shown})"
     )
+
+
+def exact_post_note(model: ir.Model, plan: QuantPlan, emitted: ir.Model, config: QuantConfig) -> str | None:
+    """A line about what ``post_exact`` did; None where it was not asked for.
+
+    Args:
+        model: The simplified model.
+        plan: The final plan.
+        emitted: The quantized model.
+        config: The settings.
+    """
+    if not config.post_exact:
+        return None
+    exact = {node.name for node in emitted.graph if is_two_planes(node)}
+    names = []
+    for node in model.graph:
+        index = semantics.weight_index(node)
+        constant = None if index is None else node.inputs[index]
+        entry = None if constant is None else plan.weights.get(constant.name or "")
+        if isinstance(entry, TensorQuantizer) and entry.spec.code_book is CodeBook.POST and node.name not in exact:
+            names.append(node.name or "")
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    rest = f"; {len(names)} other layers with POST weights, convolutions first of all, keep the lattice ({shown})"
+    return f"post_exact: {len(exact)} matrix products have exact powers of sqrt(2)" + (rest if names else "")
 
 
 def float_reports(model: ir.Model, plan: QuantPlan) -> tuple[FloatReport, ...]:

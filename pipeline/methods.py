@@ -35,6 +35,13 @@ def code_books(config: QuantConfig, target: Target) -> CodeBooks:
     """
     largest = min((1 << (min(target.weights.max_bits, 8) - 1)) - 1, LARGEST_LEVEL)
     storage = config.weight_storage or target.weight_storage
+    if config.post_exact and storage is not WeightStorage.PACKED:
+        raise ConfigError(
+            "post_exact needs the packed operators",
+            where=f"target {target.name}",
+            expected='weight_storage = "packed"',
+            found=f'"{storage.value}"',
+        )
     if config.weights in (Weights.AUTO, Weights.INT):
         plain = config.weights is Weights.INT or storage is WeightStorage.INT4
         return CodeBooks(frozenset({CodeBook.UNIFORM} if plain else CodeBook), largest)

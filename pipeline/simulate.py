@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from postquant.passes import biases, semantics
+from postquant.passes.lut_expansion import is_exact_post
 from postquant.passes.plan import QuantPlan
 from postquant.passes.weight_codes import weight_codes
 from postquant.pipeline.kernels import OptimizedGraph
@@ -191,6 +192,8 @@ class Simulation:
     def _operand(self, node: ir.Node, index: int, value: ir.Value, written: ir.Node, arrays: Arrays) -> Operand | None:
         seen = reading(written.inputs[index]) if index < len(written.inputs) else None
         if semantics.is_constant(value):
+            if seen is not None and is_exact_post(seen.dequantize):
+                return None  # the plan's codes only name the levels that the file computes with
             return self._constant(node, index, value, quantized_in_file=seen is not None)
         if seen is None:
             return None

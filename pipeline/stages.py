@@ -56,7 +56,7 @@ from postquant.pipeline.concats import decide_concats
 from postquant.pipeline.config import Method, QuantConfig
 from postquant.pipeline.input_readers import decide_input_readers
 from postquant.pipeline.job import Job, Outcome
-from postquant.pipeline.layer_reports import float_reports, layer_reports, packing_note
+from postquant.pipeline.layer_reports import exact_post_note, float_reports, layer_reports, packing_note
 from postquant.pipeline.methods import code_books, range_method
 from postquant.pipeline.parts import keep_parts
 from postquant.pipeline.placement import placement_settings
@@ -103,9 +103,9 @@ def run_pipeline(job: Job) -> Outcome:
         plan = decide_borders(job, reference, model, plan, log, threads=threads)
         job.progress.stage("emit")
         plan = fit_biases(model, plan)
-        emitted = emit(model, plan, weight_storage=_weight_storage(job))
-        note = packing_note(model, plan, emitted)
-        log.note(*(() if note is None else (note,)))
+        emitted = emit(model, plan, weight_storage=_weight_storage(job), exact_post=job.config.post_exact)
+        notes = (packing_note(model, plan, emitted), exact_post_note(model, plan, emitted, job.config))
+        log.note(*(note for note in notes if note is not None))
         return _verify(job, prepared, model, plan, emitted, log)
 
 

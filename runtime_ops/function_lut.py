@@ -1,8 +1,10 @@
-"""Function bodies of LutQLinearConv and LutQLinearMatMul: standard ONNX operators, from opset 13 on.
+"""Function bodies of the look-up-table operators: standard ONNX operators, from opset 13 on.
 
 Everything up to the weight ``w`` depends on constants only: onnxruntime computes it while it loads the model and fuses
-the rest to QLinearConv or QGemm. One body serves all nodes of a model, so it takes bits and shapes from attributes.
-QGemm wants a zero point of the weight, which is why there is one; the bias scale is never read by the fused kernels.
+the rest to QLinearConv, QGemm or MatMulIntegerToFloat. One body serves all nodes of a model, so it takes bits and
+shapes from attributes. QGemm wants a zero point of the weight, which is why there is one; the bias scale is never read
+by the fused kernels. The float bias is subtracted after a change of its sign: onnxruntime would join MatMul and Add to
+a Gemm, which, with a float bias, it does not run on integers.
 """
 
 from __future__ import annotations
@@ -51,6 +53,8 @@ _DECODE = """
     w_codes = Reshape (levels, w_dims)
     w_channels = Shape (w_scale)
     w_zero_point = ConstantOfShape <value = int8[1] {0}> (w_channels)
+"""
+_WEIGHT = f"""{_DECODE}
     w = DequantizeLinear <axis = 0> (w_codes, w_scale, w_zero_point)
 """
 
@@ -61,7 +65,7 @@ def lut_qlinear_conv(opset: int) -> onnx.FunctionProto:
 <domain: "ai.postquant", opset_import: ["" : {opset}]>
 LutQLinearConv <bits, group, w_shape, strides, dilations, pads>
     (x, x_scale, x_zero_point, codes, table, w_scale, bias, y_scale, y_zero_point) => (y) {{
-{_DECODE}
+{_WEIGHT}
     b_scale = Mul (x_scale, w_scale)
     b = DequantizeLinear <axis = 0> (bias, b_scale)
     x_real = DequantizeLinear (x, x_scale, x_zero_point)
@@ -81,7 +85,7 @@ def lut_qlinear_matmul(opset: int) -> onnx.FunctionProto:
 <domain: "ai.postquant", opset_import: ["" : {opset}]>
 LutQLinearMatMul <bits, w_shape>
     (a, a_scale, a_zero_point, codes, table, w_scale, bias, y_scale, y_zero_point) => (y) {{
-{_DECODE}
+{_WEIGHT}
     matrix_dims = Concat <axis = 0> (minus_one, row_dims)
     {outer}
     y_dims = Concat <axis = 0> (outer_dims, columns)
@@ -92,4 +96,20 @@ LutQLinearMatMul <bits, w_shape>
     y_real = Gemm <transB = 1> (a_real, w, b)
     y_matrix = QuantizeLinear (y_real, y_scale, y_zero_point)
     y = Reshape (y_matrix, y_dims)
+}}""")
+
+
+def lut_matmul_integer_to_float(opset: int) -> onnx.FunctionProto:
+    """The body of LutMatMulIntegerToFloat in operators of ``opset``."""
+    return onnx.parser.parse_function(f"""
+<domain: "ai.postquant", opset_import: ["" : {opset}]>
+LutMatMulIntegerToFloat <bits, w_shape>
+    (a, a_scale, a_zero_point, codes, table, w_scale, bias) => (y) {{
+{_DECODE}
+    w_matrix = Transpose <perm = [1, 0]> (w_codes)
+    w = DequantizeLinear <axis = 1> (w_matrix, w_scale, w_zero_point)
+    a_real = DequantizeLinear (a, a_scale, a_zero_point)
+    product = MatMul (a_real, w)
+    less = Neg (bias)
+    y = Sub (product, less)
 }}""")

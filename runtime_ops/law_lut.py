@@ -1,11 +1,16 @@
-"""Convolutions and matrix products whose weights are packed codes and a table: LutQLinearConv, LutQLinearMatMul.
+"""Convolutions and matrix products whose weights are packed codes and a table: the Lut operators.
 
     w[m, k] = table[code[m, k]]                                 int8, one scale per output channel, zero point 0
     sum     = bias[m] + sum over k of (x[k] - z_x) * w[m, k]    int32
     y       = saturate(round_half_even(float32(sum) * multiplier[m]) + z_y)
 
+LutMatMulIntegerToFloat has no integer bias, and its output is
+
+    y       = float32(float32(sum) * float32(s_x * s_w[m])) + bias[m]       float32
+
 The arithmetic behind the table is that of :mod:`postquant.runtime_ops.law_conv` and
-:mod:`postquant.runtime_ops.law_matmul`: what onnxruntime's QLinearConv and QGemm compute with the decoded weights.
+:mod:`postquant.runtime_ops.law_matmul`: what onnxruntime's QLinearConv, QGemm and MatMulIntegerToFloat compute with the
+decoded weights.
 
 Codes have 4 or 2 bits. Each row (output channel) starts at a byte; element 0 is in the lowest bits of byte 0, and the
 unused high bits of a row's last byte are 0.
@@ -25,7 +30,7 @@ from postquant.runtime_ops.code_book import CODE_BITS
 from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.integer import Affine, Codes, Prediction
 from postquant.runtime_ops.law_conv import qlinear_conv
-from postquant.runtime_ops.law_matmul import qgemm
+from postquant.runtime_ops.law_matmul import matmul_to_float, qgemm
 
 
 def row_bytes(terms: int, bits: int) -> int:
@@ -237,24 +242,61 @@ def lut_qlinear_matmul(a: Codes, aq: Affine, weight: LutWeight, bias: npt.NDArra
     Raises:
         ModelError: If the shapes do not fit together.
     """
+    _check_matmul(a, weight)
+    _check_rest(a, aq, bias, weight, yq)
+    return qgemm(a, weight.decoded(), bias, aq, weight.numbers, yq, {"transB": 1})
+
+
+def lut_matmul_integer_to_float(
+    a: Codes, aq: Affine, weight: LutWeight, bias: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """LutMatMulIntegerToFloat.
+
+    Args:
+        a: (..., K) codes, at least one dimension.
+        aq: Numbers of ``a``, one scale.
+        weight: The weight, of shape (N, K).
+        bias: (N,) float32, finite.
+
+    Returns:
+        (..., N) float32.
+
+    Raises:
+        ModelError: If the shapes do not fit together.
+
+    >>> w = LutWeight(np.uint8([[3]]), np.int8([0, 0, 0, 2] + [0] * 12), np.float32([0.5]), 4, (1, 1))
+    >>> q = Affine(np.float32(0.25), np.int32(1), np.dtype(np.uint8))
+    >>> lut_matmul_integer_to_float(np.uint8([[7]]), q, w, np.float32([10])).tolist()
+    [[11.5]]
+    """
+    _check_matmul(a, weight)
+    _check_rest(a, aq, bias, weight, None)
+    if not np.isfinite(bias).all():
+        raise ModelError("the bias must be finite", where="input bias")
+    columns = dataclasses.replace(weight.numbers, axis=1)
+    return matmul_to_float(a, np.ascontiguousarray(weight.decoded().T), aq, columns) + bias
+
+
+def _check_matmul(a: Codes, weight: LutWeight) -> None:
     if len(weight.shape) != 2 or a.ndim < 1 or a.shape[-1] != weight.shape[1]:
         raise ModelError(
             "the last dimension of the input is the second one of the weight",
             found=f"an input of shape {a.shape} and a weight of shape {weight.shape}",
         )
-    _check_rest(a, aq, bias, weight, yq)
-    return qgemm(a, weight.decoded(), bias, aq, weight.numbers, yq, {"transB": 1})
 
 
-def _check_rest(x: Codes, xq: Affine, bias: npt.NDArray[np.int32], weight: LutWeight, yq: Affine) -> None:
-    if x.dtype != xq.dtype or yq.dtype != xq.dtype:
+def _check_rest(x: Codes, xq: Affine, bias: npt.NDArray[Any], weight: LutWeight, yq: Affine | None) -> None:
+    """Types and the bias; ``yq`` is None for a float output, whose bias is float."""
+    if x.dtype != xq.dtype or (yq is not None and yq.dtype != xq.dtype):
         raise ModelError(
-            "input, output and their zero points have one type", found=f"{x.dtype}, {xq.dtype} and {yq.dtype}"
+            "input, output and their zero points have one type",
+            found=f"{x.dtype}, {xq.dtype} and {None if yq is None else yq.dtype}",
         )
-    if bias.dtype != np.int32 or bias.shape != weight.shape[:1]:
+    dtype = np.dtype(np.float32 if yq is None else np.int32)
+    if bias.dtype != dtype or bias.shape != weight.shape[:1]:
         raise ModelError(
-            "the bias is one int32 per output channel",
+            f"the bias is one {dtype} per output channel",
             where="input bias",
-            expected=f"int32 of shape {weight.shape[:1]}",
+            expected=f"{dtype} of shape {weight.shape[:1]}",
             found=f"{bias.dtype} of shape {bias.shape}",
         )

@@ -80,7 +80,7 @@ def gemm_to_float(
 
 def matmul_to_float(a: Codes, b: Codes, aq: Affine, bq: Affine) -> npt.NDArray[np.float32]:
     """MatMulIntegerToFloat without bias; the arguments are those of :func:`qlinear_matmul`."""
-    sums = matmul_sums(aq.centered(a), bq.centered(b)).astype(np.float32)
+    sums = wrapped(matmul_sums(aq.centered(a), bq.centered(b)), None).astype(np.float32)
     return np.asarray(sums * (aq.scale * bq.scale), np.float32)
 
 

@@ -62,6 +62,13 @@ OPERATORS: tuple[Operator, ...] = (
         function_lut.lut_qlinear_matmul,
     ),
     Operator(
+        "LutMatMulIntegerToFloat",
+        1,
+        schema_lut.lut_matmul_integer_to_float,
+        reference_ops.LutMatMulIntegerToFloat,
+        function_lut.lut_matmul_integer_to_float,
+    ),
+    Operator(
         "AdaptiveQuantize",
         1,
         schema_quantize.adaptive_quantize,

@@ -10,7 +10,13 @@ from onnx.reference.op_run import OpRun
 from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.law_adaptive import AdaptiveStep, Feature, adaptive_quantize, adaptive_requantize
 from postquant.runtime_ops.law_border import Border, border_quantize
-from postquant.runtime_ops.law_lut import LutWeight, lut_qlinear_conv, lut_qlinear_matmul, scalar_numbers
+from postquant.runtime_ops.law_lut import (
+    LutWeight,
+    lut_matmul_integer_to_float,
+    lut_qlinear_conv,
+    lut_qlinear_matmul,
+    scalar_numbers,
+)
 from postquant.runtime_ops.schema import DOMAIN
 
 Array = npt.NDArray[Any]
@@ -78,6 +84,27 @@ class LutQLinearMatMul(OpRun):
         y = scalar_numbers(y_scale, y_zero_point, "y")
         result = lut_qlinear_matmul(a, scalar_numbers(a_scale, a_zero_point, "a"), weight, bias, y)
         return (result.codes.astype(y.dtype),)
+
+
+class LutMatMulIntegerToFloat(OpRun):
+    """See :func:`postquant.runtime_ops.law_lut.lut_matmul_integer_to_float`."""
+
+    op_domain = DOMAIN
+
+    def _run(
+        self,
+        a: Array,
+        a_scale: Array,
+        a_zero_point: Array,
+        codes: Array,
+        table: Array,
+        w_scale: Array,
+        bias: Array,
+        bits: int,
+        w_shape: list[int],
+    ) -> tuple[Array]:
+        weight = LutWeight(codes, table, w_scale, bits, tuple(w_shape))
+        return (lut_matmul_integer_to_float(a, scalar_numbers(a_scale, a_zero_point, "a"), weight, bias),)
 
 
 class AdaptiveQuantize(OpRun):

@@ -1,7 +1,8 @@
-"""ONNX schemas of LutQLinearConv and LutQLinearMatMul."""
+"""ONNX schemas of LutQLinearConv, LutQLinearMatMul and LutMatMulIntegerToFloat."""
 
 from __future__ import annotations
 
+import onnx
 from onnx.defs import OpSchema
 from onnx.shape_inference import InferenceContext, InferenceError
 
@@ -43,13 +44,36 @@ def lut_qlinear_matmul() -> OpSchema:
     )
 
 
-def _lut_inputs(x: str) -> list[tuple[str, str, str]]:
+def lut_matmul_integer_to_float() -> OpSchema:
+    """The schema of LutMatMulIntegerToFloat."""
+    return make_schema(
+        "LutMatMulIntegerToFloat",
+        "A matrix product of codes with a float bias and output; its weight is packed codes, an int8 table and scales.",
+        inputs=[
+            ("a", "T", "(..., K)."),
+            *_weight_inputs("a"),
+            ("bias", "tensor(float)", "One per output channel."),
+        ],
+        outputs=[("y", "tensor(float)", "(..., N).")],
+        attributes=_lut_attributes("(N, K)"),
+        types={"T": ["tensor(uint8)", "tensor(int8)"]},
+        infer=_infer_matmul_to_float,
+    )
+
+
+def _weight_inputs(x: str) -> list[tuple[str, str, str]]:
     return [
         (f"{x}_scale", "tensor(float)", _SCALAR),
         (f"{x}_zero_point", "T", _SCALAR),
         ("codes", "tensor(uint8)", _CODES),
         ("table", "tensor(int8)", "(2**bits,): what each code stands for."),
         ("w_scale", "tensor(float)", "One per output channel."),
+    ]
+
+
+def _lut_inputs(x: str) -> list[tuple[str, str, str]]:
+    return [
+        *_weight_inputs(x),
         ("bias", "tensor(int32)", f"One per output channel, at scale {x}_scale * w_scale."),
         ("y_scale", "tensor(float)", _SCALAR),
         ("y_zero_point", "T", _SCALAR),
@@ -92,9 +116,17 @@ def _infer_conv(context: InferenceContext) -> None:
 
 
 def _infer_matmul(context: InferenceContext) -> None:
+    _set_product(context, element_of(context, 8))
+
+
+def _infer_matmul_to_float(context: InferenceContext) -> None:
+    _set_product(context, onnx.TensorProto.FLOAT)
+
+
+def _set_product(context: InferenceContext, element: int) -> None:
     dims, w = dims_of(context, 0), ints_of(context, "w_shape")
     if len(w) != 2:
-        raise InferenceError(f"w_shape of LutQLinearMatMul has 2 dimensions, not {len(w)}")
+        raise InferenceError(f"w_shape of a matrix product has 2 dimensions, not {len(w)}")
     if dims is not None and (not dims or (isinstance(dims[-1], int) and dims[-1] != w[1])):
         raise InferenceError(f"an input of shape {dims} does not fit a weight of shape {w}")
-    set_output(context, 0, element_of(context, 8), None if dims is None else [*dims[:-1], w[0]])
+    set_output(context, 0, element, None if dims is None else [*dims[:-1], w[0]])

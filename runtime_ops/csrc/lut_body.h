@@ -44,6 +44,13 @@ inline void RequantizeRow(const std::int32_t* sums, const float* factor, int cou
   }
 }
 
+// The float output of a row.
+inline void ScaleRow(const std::int32_t* sums, const float* factor, const float* bias, int count, float* y) {
+  for (int i = 0; i < count; ++i) {
+    y[i] = static_cast<float>(sums[i]) * factor[i] + bias[i];
+  }
+}
+
 inline void RequantizeChannel(const std::int32_t* sums, float factor, int count, const OutputNumbers& numbers,
                               std::uint8_t* y) {
   const float low = static_cast<float>(numbers.low - numbers.zero_point);

@@ -9,6 +9,7 @@
 //     LoadWords, Spread              consecutive words, one word in all lanes
 //     Dot(sums, activations, weights)
 //     StoreRow(sums, factor, numbers, outputs, y)     requantizes kVectors registers
+//     StoreFloats(sums, factor, bias, outputs, y)     the same with a float output
 //
 // and, for few rows straight from packed codes,
 //
@@ -29,12 +30,22 @@ constexpr int PanelWidth() {
   return Simd::kLanes * Simd::kVectors;
 }
 
+// One row of finished sums.
+template <typename Simd>
+inline void Store(const RowOutput& out, int row, const typename Simd::Sums (&sums)[Simd::kVectors]) {
+  if (out.bias == nullptr) {
+    Simd::StoreRow(sums, out.factor, out.numbers, out.outputs, out.y + row * out.y_stride);
+  } else {
+    Simd::StoreFloats(sums, out.factor, out.bias, out.outputs, reinterpret_cast<float*>(out.y) + row * out.y_stride);
+  }
+}
+
 // R rows of V of the panel's registers.
 template <typename Simd, int R, int V>
 void GemmTile(const GemmCall& call, int first_row) {
   typename Simd::Sums sums[R][Simd::kVectors];
   for (int v = 0; v < V; ++v) {
-    const auto start = Simd::LoadSums(call.start + v * Simd::kLanes);
+    const auto start = Simd::LoadSums(call.out.start + v * Simd::kLanes);
     for (int r = 0; r < R; ++r) {
       sums[r][v] = start;
     }
@@ -69,7 +80,7 @@ void GemmTile(const GemmCall& call, int first_row) {
     for (int v = V; v < Simd::kVectors; ++v) {
       sums[r][v] = sums[r][0];
     }
-    Simd::StoreRow(sums[r], call.factor, call.numbers, call.outputs, call.y + (first_row + r) * call.y_stride);
+    Store<Simd>(call.out, first_row + r, sums[r]);
   }
 }
 
@@ -96,9 +107,9 @@ void GemmRows(const GemmCall& call) {
 template <typename Simd>
 void Gemm(const GemmCall& call) {
   // A narrow panel (grouped convolutions, few outputs) needs one register only.
-  if (call.outputs <= Simd::kLanes) {
+  if (call.out.outputs <= Simd::kLanes) {
     GemmRows<Simd, 1>(call);
-  } else if (Simd::kVectors > 2 && call.outputs <= 2 * Simd::kLanes) {
+  } else if (Simd::kVectors > 2 && call.out.outputs <= 2 * Simd::kLanes) {
     GemmRows<Simd, (Simd::kVectors > 2 ? 2 : 1)>(call);
   } else {
     GemmRows<Simd, Simd::kVectors>(call);
@@ -134,7 +145,7 @@ void GemvRows(const GemvCall& call) {
   for (int v = 0; v < Simd::kVectors; ++v) {
     for (int r = 0; r < R; ++r) {
       for (int c = 0; c < kChains; ++c) {
-        sums[r][v][c] = c == 0 ? Simd::LoadSums(call.start + v * Simd::kLanes) : Simd::Zero();
+        sums[r][v][c] = c == 0 ? Simd::LoadSums(call.out.start + v * Simd::kLanes) : Simd::Zero();
       }
     }
   }
@@ -158,7 +169,7 @@ void GemvRows(const GemvCall& call) {
         total[v] = Simd::Add(total[v], sums[r][v][c]);
       }
     }
-    Simd::StoreRow(total, call.factor, call.numbers, call.outputs, call.y + r * call.y_stride);
+    Store<Simd>(call.out, r, total);
   }
 }
 

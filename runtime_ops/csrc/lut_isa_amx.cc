@@ -130,8 +130,8 @@ inline void BlockAmx(const GemmCall& call, int first_row, std::uint8_t* scratch)
   const std::int64_t stride1 = second_rows ? TileStride(rows + kTileRows, count - kTileRows) : stride0;
   const bool in_place = call.run_bytes % kTileBytes == 0 && stride0 != 0 && stride1 != 0;
   alignas(64) std::int32_t sums[kBlockRows * PanelWidth<Simd>()];
-  for (int n = 0; n < call.outputs; n += 32) {
-    const Shape shape = {second_rows, call.outputs - n > 16};
+  for (int n = 0; n < call.out.outputs; n += 32) {
+    const Shape shape = {second_rows, call.out.outputs - n > 16};
     const std::uint8_t* panel = call.panel + n * static_cast<int>(kWord);
     ClearTiles();
     if (in_place) {
@@ -157,9 +157,9 @@ inline void BlockAmx(const GemmCall& call, int first_row, std::uint8_t* scratch)
     Simd::Sums row[Simd::kVectors];
     for (int v = 0; v < Simd::kVectors; ++v) {
       row[v] = Simd::Add(Simd::LoadSums(sums + r * PanelWidth<Simd>() + v * Simd::kLanes),
-                         Simd::LoadSums(call.start + v * Simd::kLanes));
+                         Simd::LoadSums(call.out.start + v * Simd::kLanes));
     }
-    Simd::StoreRow(row, call.factor, call.numbers, call.outputs, call.y + (first_row + r) * call.y_stride);
+    Store<Simd>(call.out, first_row + r, row);
   }
 }
 

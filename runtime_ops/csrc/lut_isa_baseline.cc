@@ -78,6 +78,15 @@ struct Simd {
     }
     RequantizeRow(row, factor, outputs < kLanes * kVectors ? outputs : kLanes * kVectors, numbers, y);
   }
+
+  static void StoreFloats(const Sums (&sums)[kVectors], const float* factor, const float* bias, int outputs,
+                          float* y) {
+    std::int32_t row[kLanes * kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      StoreSums(row + v * kLanes, sums[v]);
+    }
+    ScaleRow(row, factor, bias, outputs < kLanes * kVectors ? outputs : kLanes * kVectors, y);
+  }
 };
 
 constexpr KernelTable MakeTable() {

@@ -57,6 +57,16 @@ struct Simd {
       RequantizeRow(row, factor, outputs, numbers, y);
     }
   }
+
+  static void StoreFloats(const Sums (&sums)[kVectors], const float* factor, const float* bias, int outputs,
+                          float* y) {
+    constexpr int kWidth = kLanes * kVectors;
+    std::int32_t row[kWidth];
+    for (int v = 0; v < kVectors; ++v) {
+      vst1q_s32(row + v * kLanes, sums[v]);
+    }
+    ScaleRow(row, factor, bias, outputs < kWidth ? outputs : kWidth, y);
+  }
 };
 
 constexpr KernelTable MakeTable() {

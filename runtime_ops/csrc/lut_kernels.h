@@ -3,7 +3,11 @@
 //     sum[n] = bias[n] + sum over k of (x[k] - x_zero_point) * table[code[n, k]]        (int32, wraps around)
 //     y[n]   = saturate(round_half_even(float(sum[n]) * ((x_scale * w_scale[n]) / y_scale)) + y_zero_point)
 //
-// Padding of a convolution contributes 0. The float expression is evaluated in float32, operation by operation, as
+// or, for a matrix product with a float output, without the integer bias,
+//
+//     y[n]   = float(sum[n]) * (x_scale * w_scale[n]) + float_bias[n]
+//
+// Padding of a convolution contributes 0. Float expressions are evaluated in float32, operation by operation, as
 // onnxruntime's integer kernels do; the result is the same to the bit on every instruction set.
 //
 // How it is used (nothing here knows onnxruntime; nothing here throws or makes threads):
@@ -30,7 +34,7 @@ enum class Status {
   kOk,
   kOutOfMemory,
   kBadShape,    // a size is negative, a stride is 0, the kernel is larger than the padded input, a product overflows
-  kBadNumbers,  // a multiplier x_scale * w_scale[n] / y_scale is not a finite number
+  kBadNumbers,  // a multiplier, x_scale * w_scale[n] or that / y_scale, is not a finite number
 };
 
 // Packed codes: one row per output, element 0 in the lowest bits of byte 0 of its row, rows start at whole bytes.
@@ -63,6 +67,9 @@ struct Numbers {
   bool y_signed;
   const float* w_scale;      // [outputs]
   const std::int32_t* bias;  // [outputs]
+  // Not null: the output is float, this is its bias, [outputs], finite, and neither `bias` nor what is known of y is
+  // read. Matrix products only.
+  const float* float_bias = nullptr;
 };
 
 class Weights;      // opaque
@@ -99,7 +106,7 @@ Status PrepareMatMul(const Codes& codes, std::int64_t outputs, std::int64_t inpu
 // Weights of a convolution: codes of [out_channels, K]. They are decoded here, once.
 Status PrepareConv(const Codes& codes, const ConvGeometry& geometry, const Isa* isa, WeightsPtr* out);
 
-// Per output numbers. Nothing of `numbers` is kept.
+// Per output numbers. Nothing of `numbers` is kept. kBadShape for a convolution with a float output.
 Status PrepareRequantizer(const Weights& weights, const Numbers& numbers, RequantizerPtr* out);
 
 // Plans a product of x [rows, inputs] giving y [rows, outputs]; higher ranks are flattened by the caller.
@@ -109,7 +116,7 @@ Status PlanMatMul(const Weights& weights, const Requantizer& requantizer, std::i
 Status PlanConv(const Weights& weights, const Requantizer& requantizer, std::int64_t batch, std::int64_t height,
                 std::int64_t width, Plan* plan);
 
-// Does items [begin, end) of `phase`. x and y are uint8 or int8 as `Numbers` said, dense, row-major.
+// Does items [begin, end) of `phase`. x and y are uint8, int8 or (y) float as `Numbers` said, dense, row-major.
 void Run(const Weights& weights, const Requantizer& requantizer, const Plan& plan, int phase, std::int64_t begin,
          std::int64_t end, const void* x, void* y, void* workspace) noexcept;
 

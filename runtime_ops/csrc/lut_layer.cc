@@ -4,6 +4,7 @@
 #include <cmath>
 #include <new>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "workspace.h"
@@ -23,24 +24,30 @@ std::int32_t ZeroPoint(const Tensor& tensor) {
 
 }  // namespace
 
-template <typename T>
+template <typename T, typename Y>
 Signature LutSignature(const char* name, const char* x) {
   constexpr abi::ElementType type = ElementTypeOf<T>::kValue;
-  return {name,
-          {{x, type},
-           {"x_scale", abi::kFloat},
-           {"x_zero_point", type},
-           {"codes", abi::kUint8},
-           {"table", abi::kInt8},
-           {"w_scale", abi::kFloat},
-           {"bias", abi::kInt32},
-           {"y_scale", abi::kFloat},
-           {"y_zero_point", type}},
-          {{"y", type}}};
+  constexpr bool floats = std::is_same_v<Y, float>;
+  Signature signature = {name,
+                         {{x, type},
+                          {"x_scale", abi::kFloat},
+                          {"x_zero_point", type},
+                          {"codes", abi::kUint8},
+                          {"table", abi::kInt8},
+                          {"w_scale", abi::kFloat},
+                          {"bias", floats ? abi::kFloat : abi::kInt32}},
+                         {{"y", ElementTypeOf<Y>::kValue}}};
+  if (!floats) {
+    signature.inputs.push_back({"y_scale", abi::kFloat});
+    signature.inputs.push_back({"y_zero_point", type});
+  }
+  return signature;
 }
 
-template Signature LutSignature<std::uint8_t>(const char* name, const char* x);
-template Signature LutSignature<std::int8_t>(const char* name, const char* x);
+template Signature LutSignature<std::uint8_t, std::uint8_t>(const char* name, const char* x);
+template Signature LutSignature<std::int8_t, std::int8_t>(const char* name, const char* x);
+template Signature LutSignature<std::uint8_t, float>(const char* name, const char* x);
+template Signature LutSignature<std::int8_t, float>(const char* name, const char* x);
 
 int LutBits(const NodeInfo& info) {
   const auto bits = static_cast<int>(info.Int("bits", 2, 4));
@@ -58,7 +65,7 @@ LutLayer::LutLayer(const NodeInfo& info, int bits, std::int64_t outputs, std::in
       prepare_(std::move(prepare)),
       inputs_(info, kXScale) {
   const Tensors& at = inputs_.constants();
-  for (std::size_t input = kXScale; input < kLutInputs; ++input) {
+  for (std::size_t input = kXScale; input < input_count(); ++input) {
     if (inputs_.constant(input)) {
       Validate(at[input], input);
     }
@@ -85,6 +92,9 @@ void LutLayer::Validate(const Tensor& tensor, std::size_t input) const {
       break;
     case kBias:
       identity_.ExpectShape(tensor, input, {outputs_});
+      if (float_output()) {
+        identity_.ExpectFinite(tensor, input);
+      }
       break;
     default:
       identity_.ExpectShape(tensor, input, {});
@@ -99,7 +109,7 @@ LutLayer::Ready LutLayer::Acquire(const Run& run) {
     return ready_;
   }
   const Tensors at = inputs_.Read(run);
-  for (std::size_t input = kXScale; input < kLutInputs; ++input) {
+  for (std::size_t input = kXScale; input < input_count(); ++input) {
     if (!inputs_.constant(input)) {
       Validate(at[input], input);
     }
@@ -136,14 +146,19 @@ std::shared_ptr<const lut::Weights> LutLayer::CachedWeights(const Tensor& codes,
 
 std::shared_ptr<const lut::Requantizer> LutLayer::MakeRequantizer(const lut::Weights& weights,
                                                                   const Tensors& at) const {
-  const lut::Numbers numbers = {*at[kXScale].As<float>(),
-                                ZeroPoint(at[kXZeroPoint]),
-                                at[kXZeroPoint].type == abi::kInt8,
-                                *at[kYScale].As<float>(),
-                                ZeroPoint(at[kYZeroPoint]),
-                                at[kYZeroPoint].type == abi::kInt8,
-                                at[kWScale].As<float>(),
-                                at[kBias].As<std::int32_t>()};
+  lut::Numbers numbers = {};
+  numbers.x_scale = *at[kXScale].As<float>();
+  numbers.x_zero_point = ZeroPoint(at[kXZeroPoint]);
+  numbers.x_signed = at[kXZeroPoint].type == abi::kInt8;
+  numbers.w_scale = at[kWScale].As<float>();
+  if (float_output()) {
+    numbers.float_bias = at[kBias].As<float>();
+  } else {
+    numbers.y_scale = *at[kYScale].As<float>();
+    numbers.y_zero_point = ZeroPoint(at[kYZeroPoint]);
+    numbers.y_signed = at[kYZeroPoint].type == abi::kInt8;
+    numbers.bias = at[kBias].As<std::int32_t>();
+  }
   lut::RequantizerPtr requantizer;
   Check(lut::PrepareRequantizer(weights, numbers, &requantizer), at[kWScale].shape);
   return requantizer;
@@ -156,7 +171,8 @@ void LutLayer::Check(lut::Status status, const Shape& input) const {
     case lut::Status::kOutOfMemory:
       throw std::bad_alloc();
     case lut::Status::kBadNumbers:
-      identity_.Fail("x_scale * w_scale / y_scale is not a finite number for some output channel.");
+      identity_.Fail(std::string("x_scale * w_scale") + (float_output() ? "" : " / y_scale") +
+                     " is not a finite number for some output channel.");
     case lut::Status::kBadShape:
       break;
   }

@@ -1,4 +1,4 @@
-// What LutQLinearConv and LutQLinearMatMul share: inputs 1 to 8, and running a plan on onnxruntime's threads.
+// What the operators with packed weights share: inputs 1 to 8, and running a plan on onnxruntime's threads.
 //
 // Inputs that are constants of the graph are checked and prepared once, when the kernel is made. Others are read on
 // every run; weights that hold the same bytes as those of the run before are not prepared again.
@@ -18,7 +18,7 @@
 
 namespace postquant {
 
-// Inputs, in order; 0 is the activation.
+// Inputs, in order; 0 is the activation. A float output ends with kBias.
 enum LutInput : std::size_t {
   kX,
   kXScale,
@@ -29,11 +29,11 @@ enum LutInput : std::size_t {
   kBias,
   kYScale,
   kYZeroPoint,
-  kLutInputs,
 };
 
-// `T` is the type of activation and output.
-template <typename T>
+// `T` is the type of the activation, `Y` that of the output: T, or float, which has no kYScale and no kYZeroPoint and
+// whose bias is float.
+template <typename T, typename Y>
 Signature LutSignature(const char* name, const char* x);
 
 // Attribute bits: 2 or 4.
@@ -59,6 +59,8 @@ class LutLayer {
   void Check(lut::Status status, const Shape& input) const;
 
  private:
+  std::size_t input_count() const { return identity_.signature->inputs.size(); }
+  bool float_output() const { return identity_.signature->outputs[0].type == abi::kFloat; }
   void Validate(const Tensor& tensor, std::size_t input) const;
   std::shared_ptr<const lut::Weights> MakeWeights(const Tensor& codes, const Tensor& table) const;
   std::shared_ptr<const lut::Requantizer> MakeRequantizer(const lut::Weights& weights, const Tensors& inputs) const;

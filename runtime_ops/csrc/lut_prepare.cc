@@ -124,6 +124,16 @@ Status PrepareRequantizer(const Weights& w, const Numbers& numbers, RequantizerP
   if (!r->start || !r->factor) {
     return Status::kOutOfMemory;
   }
+  const bool floats = numbers.float_bias != nullptr;
+  if (floats) {
+    if (w.method != Method::kMatMul) {
+      return Status::kBadShape;
+    }
+    r->bias = AllocateZeros(places * static_cast<std::int64_t>(sizeof(float)));
+    if (!r->bias) {
+      return Status::kOutOfMemory;
+    }
+  }
   r->numbers = {numbers.y_zero_point, numbers.y_signed ? -128 : 0, numbers.y_signed ? 127 : 255};
   const bool stored_signed = w.table->activation == Activation::kSigned;
   r->x_flip = numbers.x_signed != stored_signed ? 0x80 : 0;
@@ -136,9 +146,13 @@ Status PrepareRequantizer(const Weights& w, const Numbers& numbers, RequantizerP
     // Sums wrap around.
     const std::uint32_t shift =
         centered ? 0U : static_cast<std::uint32_t>(r->x_zero_point) * static_cast<std::uint32_t>(w.CodeSums()[m]);
-    r->Start()[at] = static_cast<std::int32_t>(static_cast<std::uint32_t>(numbers.bias[m]) - shift);
+    const std::uint32_t bias = floats ? 0U : static_cast<std::uint32_t>(numbers.bias[m]);
+    r->Start()[at] = static_cast<std::int32_t>(bias - shift);
     const float product = numbers.x_scale * numbers.w_scale[m];
-    r->Factor()[at] = product / numbers.y_scale;
+    r->Factor()[at] = floats ? product : product / numbers.y_scale;
+    if (floats) {
+      r->Bias()[at] = numbers.float_bias[m];
+    }
     if (!std::isfinite(r->Factor()[at])) {
       return Status::kBadNumbers;
     }

@@ -25,9 +25,25 @@ void LayoutMatMul(const Job& job, std::int64_t item) {
   }
 }
 
+RowOutput MatMulOutput(const Job& job, std::int64_t first_row, std::int64_t panel) {
+  const Weights& w = job.weights;
+  const Requantizer& r = job.requantizer;
+  const std::int64_t width = w.table->panel_width;
+  const std::int64_t first = panel * width;
+  const std::int64_t element = r.bias == nullptr ? 1 : static_cast<std::int64_t>(sizeof(float));
+  RowOutput out;
+  out.start = r.Start() + first;
+  out.factor = r.Factor() + first;
+  out.bias = r.bias == nullptr ? nullptr : r.Bias() + first;
+  out.numbers = r.numbers;
+  out.outputs = static_cast<int>(std::min(width, w.outputs - first));
+  out.y = job.y + (first_row * w.outputs + first) * element;
+  out.y_stride = w.outputs;
+  return out;
+}
+
 void ComputeFewRows(const Job& job, const MatMulRows& layout, std::int64_t panel) {
   const Weights& w = job.weights;
-  const std::int64_t width = w.table->panel_width;
   GemvCall call;
   call.x = layout.in_place ? job.x : job.activations;
   call.x_stride = layout.in_place ? w.inputs : layout.padded * ElementBytes(*w.table);
@@ -36,19 +52,13 @@ void ComputeFewRows(const Job& job, const MatMulRows& layout, std::int64_t panel
   call.steps = w.packed_steps;
   call.bits = w.bits;
   call.levels = w.levels;
-  call.start = job.requantizer.Start() + panel * width;
-  call.factor = job.requantizer.Factor() + panel * width;
-  call.numbers = job.requantizer.numbers;
-  call.outputs = static_cast<int>(std::min(width, w.outputs - panel * width));
-  call.y = job.y + panel * width;
-  call.y_stride = w.outputs;
+  call.out = MatMulOutput(job, 0, panel);
   w.table->gemv(call);
 }
 
 void ComputeMatMul(const Job& job, std::int64_t item) {
   const Weights& w = job.weights;
   const MatMulRows layout = RowsOf(w, job.requantizer, job.plan.rows);
-  const std::int64_t width = w.table->panel_width;
   const std::int64_t panel_items = DivideUp(w.group_panels, job.plan.panels_per_item);
   const std::int64_t first_row = item / panel_items * job.plan.rows_per_item;
   const std::int64_t first_panel = item % panel_items * job.plan.panels_per_item;
@@ -69,14 +79,9 @@ void ComputeMatMul(const Job& job, std::int64_t item) {
   call.runs[0] = call.runs[1] = 1;
   call.run_step[0] = call.run_step[1] = 0;
   call.run_bytes = w.inputs * ElementBytes(*w.table);
-  call.numbers = job.requantizer.numbers;
-  call.y_stride = w.outputs;
   for (std::int64_t panel = first_panel; panel < last_panel; ++panel) {
     call.panel = w.decoded.get() + panel * w.panel_bytes;
-    call.start = job.requantizer.Start() + panel * width;
-    call.factor = job.requantizer.Factor() + panel * width;
-    call.outputs = static_cast<int>(std::min(width, w.outputs - panel * width));
-    call.y = job.y + first_row * w.outputs + panel * width;
+    call.out = MatMulOutput(job, first_row, panel);
     w.table->gemm(call);
   }
 }
@@ -141,24 +146,26 @@ void ComputeConv(const Job& job, std::int64_t item) {
   call.run_step[0] = g.dilation[0] * row_bytes;
   call.run_step[1] = g.dilation[1] * pixel_bytes;
   call.run_bytes = w.run_elements * ElementBytes(*w.table);
-  call.numbers = job.requantizer.numbers;
+  call.out.numbers = job.requantizer.numbers;
+  call.out.bias = nullptr;
 
   // Panels give [pixel][channel]; the output is [channel][pixel]. Block transposition reads 16 columns at least.
   constexpr std::int64_t kMostWidth = 64;
   alignas(kAlignment) std::uint8_t tile[kMaxRows * kMostWidth];
-  call.y = tile;
-  call.y_stride = RoundUp(width, 16);
+  call.out.y = tile;
+  call.out.y_stride = RoundUp(width, 16);
   const std::int64_t group = image % g.group;
   const std::int64_t sample = image / g.group;
   for (std::int64_t panel = first_panel; panel < last_panel; ++panel) {
     const std::int64_t place = (group * w.group_panels + panel) * width;
     call.panel = w.decoded.get() + (group * w.group_panels + panel) * w.panel_bytes;
-    call.start = job.requantizer.Start() + place;
-    call.factor = job.requantizer.Factor() + place;
-    call.outputs = static_cast<int>(std::min(width, w.group_outputs - panel * width));
+    call.out.start = job.requantizer.Start() + place;
+    call.out.factor = job.requantizer.Factor() + place;
+    call.out.outputs = static_cast<int>(std::min(width, w.group_outputs - panel * width));
     w.table->gemm(call);
     const std::int64_t channel = sample * g.out_channels + group * w.group_outputs + panel * width;
-    w.table->transpose(tile, call.y_stride, call.row_count, call.outputs, job.y + channel * pixels + first, pixels);
+    w.table->transpose(tile, call.out.y_stride, call.row_count, call.out.outputs, job.y + channel * pixels + first,
+                       pixels);
   }
 }
 

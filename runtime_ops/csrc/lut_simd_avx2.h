@@ -86,6 +86,19 @@ struct Simd {
       std::memcpy(y, all, static_cast<std::size_t>(outputs));
     }
   }
+
+  static void StoreFloats(const Sums (&sums)[kVectors], const float* factor, const float* bias, int outputs,
+                          float* y) {
+    float row[kLanes * kVectors];
+    float* const to = outputs >= kLanes * kVectors ? y : row;
+    for (int v = 0; v < kVectors; ++v) {
+      const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[v]), _mm256_loadu_ps(factor + v * kLanes));
+      _mm256_storeu_ps(to + v * kLanes, _mm256_add_ps(product, _mm256_loadu_ps(bias + v * kLanes)));
+    }
+    if (to == row) {
+      std::memcpy(y, row, static_cast<std::size_t>(outputs) * sizeof(float));
+    }
+  }
 };
 
 }  // namespace

@@ -81,6 +81,17 @@ struct Simd {
     }
     StoreBytes(Requantize(sums, factors, numbers), outputs, y);
   }
+
+  static void StoreFloats(const Sums (&sums)[kVectors], const float* factor, const float* bias, int outputs,
+                          float* y) {
+    for (int v = 0; v < kVectors && v * kLanes < outputs; ++v) {
+      const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[v]), _mm512_loadu_ps(factor + v * kLanes));
+      const __m512 result = _mm512_add_ps(product, _mm512_loadu_ps(bias + v * kLanes));
+      const int count = outputs - v * kLanes;
+      const __mmask16 mask = count >= kLanes ? __mmask16{0xffff} : static_cast<__mmask16>((1U << count) - 1U);
+      _mm512_mask_storeu_ps(y + v * kLanes, mask, result);
+    }
+  }
 };
 
 }  // namespace

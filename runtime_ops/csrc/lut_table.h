@@ -39,7 +39,19 @@ struct OutputNumbers {
   std::int32_t high;  // 127 or 255
 };
 
-// y[r][n] = requantize(start[n] + sum of words), n < outputs.
+// Where the rows of a matrix product go: with sums = start[n] + sum of words, for n < outputs,
+//   y[r][n] = requantize(sums)                                             bytes, where `bias` is null
+//   y[r][n] = float(sums) * factor[n] + bias[n]                            floats, otherwise
+struct RowOutput {
+  const std::int32_t* start;  // [panel_width]
+  const float* factor;        // [panel_width]
+  const float* bias;          // [panel_width] or null
+  OutputNumbers numbers;
+  int outputs;  // in this panel
+  std::uint8_t* y;
+  std::int64_t y_stride;  // elements
+};
+
 struct GemmCall {
   const std::uint8_t* rows[kMaxRows];
   int row_count;
@@ -47,12 +59,7 @@ struct GemmCall {
   std::int64_t run_step[2];  // bytes
   std::int64_t run_bytes;    // activations of one run
   const std::uint8_t* panel;
-  const std::int32_t* start;  // [panel_width]
-  const float* factor;        // [panel_width]
-  OutputNumbers numbers;
-  int outputs;  // in this panel
-  std::uint8_t* y;
-  std::int64_t y_stride;
+  RowOutput out;
 };
 
 // The same for a few rows, straight from packed codes.
@@ -64,12 +71,7 @@ struct GemvCall {
   std::int64_t steps;
   int bits;
   const std::int8_t* levels;  // [kLevels]
-  const std::int32_t* start;
-  const float* factor;
-  OutputNumbers numbers;
-  int outputs;
-  std::uint8_t* y;
-  std::int64_t y_stride;
+  RowOutput out;
 };
 
 // One channel of a depthwise convolution over a padded plane. Taps: [kernel[0]][kernel[1] rounded up to 4] levels.

@@ -41,10 +41,11 @@ POSTQUANT_EXPORT int lut_isa_selected() { return static_cast<int>(postquant::Sel
 POSTQUANT_EXPORT const char* lut_isa_problem() { return postquant::IsaProblem(); }
 
 // geometry: out_channels, in_channels, group, then pairs kernel, stride, dilation, pad_begin, pad_end; for a matrix
-// product outputs and inputs. integers: x zero point, x signed, y zero point, y signed. Returns a Status.
+// product outputs and inputs. integers: x zero point, x signed, y zero point, y signed. float_bias: null, or that of a
+// float output. Returns a Status.
 POSTQUANT_EXPORT int lut_make(int isa, int matmul, const std::int64_t* geometry, const std::uint8_t* codes, int bits,
                               const std::int8_t* table, const float* w_scale, const std::int32_t* bias, float x_scale,
-                              float y_scale, const std::int32_t* integers, void** out) {
+                              float y_scale, const std::int32_t* integers, const float* float_bias, void** out) {
   const Isa wanted = static_cast<Isa>(isa);
   std::unique_ptr<Layer> layer(new (std::nothrow) Layer());
   if (!layer) {
@@ -70,8 +71,8 @@ POSTQUANT_EXPORT int lut_make(int isa, int matmul, const std::int64_t* geometry,
     status = PrepareConv(source, g, &wanted, &layer->weights);
   }
   if (status == Status::kOk) {
-    const Numbers numbers = {x_scale,     integers[0],      integers[1] != 0, y_scale,
-                             integers[2], integers[3] != 0, w_scale,          bias};
+    const Numbers numbers = {x_scale,     integers[0],      integers[1] != 0, y_scale,   integers[2],
+                             integers[3] != 0, w_scale,     bias,             float_bias};
     status = PrepareRequantizer(*layer->weights, numbers, &layer->requantizer);
   }
   if (status == Status::kOk) {

@@ -88,12 +88,14 @@ class Requantizer {
   // One number for each place of each panel (depthwise: for each output), so that kernels can read whole registers.
   Bytes start;   // int32: bias without what the zero point of the activations adds
   Bytes factor;  // float
+  Bytes bias;    // float, of a float output; else null
   OutputNumbers numbers;
   std::int32_t x_zero_point;  // LayoutCall::zero_point
   std::uint8_t x_flip;        // LayoutCall::flip
 
   std::int32_t* Start() const { return reinterpret_cast<std::int32_t*>(start.get()); }
   float* Factor() const { return reinterpret_cast<float*>(factor.get()); }
+  float* Bias() const { return reinterpret_cast<float*>(bias.get()); }
 };
 
 // Where a matrix product reads its rows.

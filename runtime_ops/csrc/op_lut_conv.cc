@@ -65,7 +65,7 @@ template <typename T>
 class LutQLinearConv {
  public:
   static const Signature& GetSignature() {
-    static const Signature signature = LutSignature<T>("LutQLinearConv", "x");
+    static const Signature signature = LutSignature<T, T>("LutQLinearConv", "x");
     return signature;
   }
 

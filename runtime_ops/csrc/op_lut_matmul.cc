@@ -1,6 +1,10 @@
-// LutQLinearMatMul: y[..., n] = requantized sum over k of (a[..., k] - a_zero_point) * table[code[n, k]], plus bias.
+// sum[..., n] = sum over k of (a[..., k] - a_zero_point) * table[code[n, k]]
+//
+//   LutQLinearMatMul         y = sum + int32 bias, requantized
+//   LutMatMulIntegerToFloat  y = float(sum) * (a_scale * w_scale[n]) + float bias
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "lut_layer.h"
 #include "operators.h"
@@ -10,15 +14,17 @@ namespace {
 
 constexpr std::int64_t kMostSize = std::numeric_limits<std::int32_t>::max();
 
-template <typename T>
-class LutQLinearMatMul {
+// `T` is the type of the activation, `Y` that of the output.
+template <typename T, typename Y>
+class LutMatMul {
  public:
   static const Signature& GetSignature() {
-    static const Signature signature = LutSignature<T>("LutQLinearMatMul", "a");
+    static const Signature signature =
+        LutSignature<T, Y>(kFloats ? "LutMatMulIntegerToFloat" : "LutQLinearMatMul", "a");
     return signature;
   }
 
-  explicit LutQLinearMatMul(const NodeInfo& info) : LutQLinearMatMul(info, info.Ints("w_shape", 2, 1, kMostSize)) {}
+  explicit LutMatMul(const NodeInfo& info) : LutMatMul(info, info.Ints("w_shape", 2, 1, kMostSize)) {}
 
   const Identity& identity() const { return layer_.identity(); }
 
@@ -32,7 +38,7 @@ class LutQLinearMatMul {
     const LutLayer::Ready ready = layer_.Acquire(run);
     Shape out = a.shape;
     out.set(rank - 1, outputs_);
-    T* const y = run.Output<T>(0, out);
+    Y* const y = run.Output<Y>(0, out);
     if (a.count == 0 || y == nullptr) {
       return;
     }
@@ -47,12 +53,14 @@ class LutQLinearMatMul {
     std::vector<std::int64_t> w_shape;
     if (inference.Input(kX, &axes) && inference.Ints("w_shape", &w_shape) && w_shape.size() == 2) {
       axes.back() = {w_shape[0], ""};
-      inference.SetOutput(0, inference.Type(kX), axes);
+      inference.SetOutput(0, kFloats ? static_cast<int>(abi::kFloat) : inference.Type(kX), axes);
     }
   }
 
  private:
-  LutQLinearMatMul(const NodeInfo& info, const std::vector<std::int64_t>& w_shape)
+  static constexpr bool kFloats = std::is_same_v<Y, float>;
+
+  LutMatMul(const NodeInfo& info, const std::vector<std::int64_t>& w_shape)
       : outputs_(w_shape[0]),
         inputs_(w_shape[1]),
         layer_(info, LutBits(info), outputs_, inputs_,
@@ -68,8 +76,13 @@ class LutQLinearMatMul {
 }  // namespace
 
 void AddLutQLinearMatMul(const OrtApi* api, OperatorList* list) {
-  list->push_back(std::make_shared<CustomOp<LutQLinearMatMul<std::uint8_t>>>(api));
-  list->push_back(std::make_shared<CustomOp<LutQLinearMatMul<std::int8_t>>>(api));
+  list->push_back(std::make_shared<CustomOp<LutMatMul<std::uint8_t, std::uint8_t>>>(api));
+  list->push_back(std::make_shared<CustomOp<LutMatMul<std::int8_t, std::int8_t>>>(api));
+}
+
+void AddLutMatMulIntegerToFloat(const OrtApi* api, OperatorList* list) {
+  list->push_back(std::make_shared<CustomOp<LutMatMul<std::uint8_t, float>>>(api));
+  list->push_back(std::make_shared<CustomOp<LutMatMul<std::int8_t, float>>>(api));
 }
 
 }  // namespace postquant

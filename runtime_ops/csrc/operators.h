@@ -16,6 +16,7 @@ using OperatorList = std::vector<std::shared_ptr<OrtCustomOp>>;
 
 void AddLutQLinearConv(const OrtApi* api, OperatorList* list);
 void AddLutQLinearMatMul(const OrtApi* api, OperatorList* list);
+void AddLutMatMulIntegerToFloat(const OrtApi* api, OperatorList* list);
 void AddAdaptiveQuantize(const OrtApi* api, OperatorList* list);
 void AddAdaptiveRequantize(const OrtApi* api, OperatorList* list);
 void AddBorderQuantize(const OrtApi* api, OperatorList* list);

@@ -39,6 +39,7 @@ OperatorList MakeOperators(const OrtApi* api) {
   OperatorList list;
   postquant::AddLutQLinearConv(api, &list);
   postquant::AddLutQLinearMatMul(api, &list);
+  postquant::AddLutMatMulIntegerToFloat(api, &list);
   postquant::AddAdaptiveQuantize(api, &list);
   postquant::AddAdaptiveRequantize(api, &list);
   postquant::AddBorderQuantize(api, &list);

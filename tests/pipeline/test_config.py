@@ -63,6 +63,7 @@ def test_every_key_can_be_read_from_a_file(tmp_path: pathlib.Path) -> None:
         border = "on"
         simplify = false
         weight_storage = "int4"
+        post_exact = false
         max_positions = 100
         search_work = 2e12
         verify_samples = 8

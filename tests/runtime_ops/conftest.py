@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +22,8 @@ from onnx.reference import ReferenceEvaluator
 from postquant.runtime_ops import ops
 from postquant.runtime_ops.integer import Affine
 from postquant.runtime_ops.schema import DOMAIN, VERSION
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 Quantized = tuple[npt.NDArray[Any], Affine]
 
@@ -200,9 +206,11 @@ class Operators:
         if schema.outputs[0].type_str == "T":
             kinds[0] = kind
         if stored:
-            nodes[0].input[0], nodes[0].output[0] = "codes_in", "codes_out"
+            nodes[0].input[0] = "codes_in"
             nodes.insert(0, helper.make_node("QuantizeLinear", [first, *rest[:2]], ["codes_in"]))
-            nodes.append(helper.make_node("DequantizeLinear", ["codes_out", *rest[-2:]], outputs[:1]))
+            if schema.outputs[0].type_str == "T":
+                nodes[1].output[0] = "codes_out"
+                nodes.append(helper.make_node("DequantizeLinear", ["codes_out", *rest[-2:]], outputs[:1]))
             kind = kinds[0] = int(onnx.TensorProto.FLOAT)
         shape = ["N", *x.shape[1:]]
         shapes: list[Any] = [["N", *(f"y{i}" for i in range(1, x.ndim))] if "Lut" in name else shape, ["N"]]
@@ -253,3 +261,33 @@ class Operators:
 def operators() -> Operators:
     """Models of single operators of ``ai.postquant``."""
     return Operators()
+
+
+def _build_lut_library(folder: pathlib.Path, flags: str = "-O3 -DNDEBUG") -> pathlib.Path:
+    """Builds the library in ``folder``, which is kept: a second build has nothing to do."""
+    cmake = shutil.which("cmake", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if cmake is None or shutil.which("c++") is None:
+        pytest.skip("cmake or a C++ compiler is not installed")
+    source = ROOT / "runtime_ops"
+    options = [f"-DCMAKE_CXX_FLAGS_RELEASE={flags}", "-DCMAKE_BUILD_TYPE=Release", "-DPOSTQUANT_NATIVE=ON"]
+    commands = (
+        [cmake, "-S", str(source), "-B", str(folder), *options],
+        [cmake, "--build", str(folder), "--parallel", "2", "--target", "postquant_lut_test"],
+    )
+    for command in commands:
+        result = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return next(folder.glob("libpostquant_lut_test.*"))
+
+
+@pytest.fixture(scope="session")
+def lut_build() -> Callable[..., pathlib.Path]:
+    """Builds the library of ``lut_test_entry.cc`` in a folder, with the flags given."""
+    return _build_lut_library
+
+
+@pytest.fixture(scope="session")
+def lut_library() -> pathlib.Path:
+    """The library of ``lut_test_entry.cc``: the kernels without onnxruntime."""
+    given = os.environ.get("POSTQUANT_LUT_TEST_LIBRARY")
+    return pathlib.Path(given) if given else _build_lut_library(ROOT / "build" / "lut-test")

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <random>
 #include <vector>
 
@@ -19,6 +20,7 @@ struct Case {
   std::int64_t rows, height, width;  // rows: also samples
   int bits;
   bool is_signed;
+  bool floats;  // a matrix product with a float output
 };
 
 class Random {
@@ -35,7 +37,7 @@ class Random {
 struct Layer {
   std::vector<std::uint8_t> codes, packed, x;
   std::vector<std::int8_t> table;
-  std::vector<float> w_scale;
+  std::vector<float> w_scale, float_bias;
   std::vector<std::int32_t> bias;
   Numbers numbers;
 };
@@ -59,6 +61,7 @@ Layer MakeLayer(const Case& c, Random* random) {
     }
     layer.w_scale.push_back(static_cast<float>(random->Between(50, 200)) / 100.0F);
     layer.bias.push_back(static_cast<std::int32_t>(random->Between(-9000, 9000)));
+    layer.float_bias.push_back(static_cast<float>(random->Between(-9000, 9000)) / 7.0F);
   }
   for (int i = 0; i < (1 << c.bits); ++i) {
     layer.table.push_back(static_cast<std::int8_t>(random->Between(-128, 127)));
@@ -74,16 +77,17 @@ Layer MakeLayer(const Case& c, Random* random) {
                    static_cast<std::int32_t>(random->Between(low, low + 255)),
                    c.is_signed,
                    layer.w_scale.data(),
-                   layer.bias.data()};
+                   layer.bias.data(),
+                   c.floats ? layer.float_bias.data() : nullptr};
   return layer;
 }
 
-std::uint8_t Expected(const Case& c, const Layer& layer, std::int64_t n, std::int64_t m, std::int64_t oy,
-                      std::int64_t ox) {
+// The output as a float, which holds every code exactly.
+float Expected(const Case& c, const Layer& layer, std::int64_t n, std::int64_t m, std::int64_t oy, std::int64_t ox) {
   const ConvGeometry& g = c.geometry;
   const std::int64_t channels = g.in_channels / g.group;
   const std::int64_t first = m / (g.out_channels / g.group) * channels;
-  std::int64_t sum = layer.bias[static_cast<std::size_t>(m)];
+  std::int64_t sum = c.floats ? 0 : layer.bias[static_cast<std::size_t>(m)];
   std::size_t at = static_cast<std::size_t>(m * Terms(c));
   for (std::int64_t channel = 0; channel < channels; ++channel) {
     for (std::int64_t ky = 0; ky < g.kernel[0]; ++ky) {
@@ -101,12 +105,24 @@ std::uint8_t Expected(const Case& c, const Layer& layer, std::int64_t n, std::in
     }
   }
   const float product = layer.numbers.x_scale * layer.w_scale[static_cast<std::size_t>(m)];
+  if (c.floats) {
+    const float scaled = static_cast<float>(static_cast<std::int32_t>(sum)) * product;
+    return scaled + layer.float_bias[static_cast<std::size_t>(m)];
+  }
   const float factor = product / layer.numbers.y_scale;
   const float value = std::nearbyint(static_cast<float>(static_cast<std::int32_t>(sum)) * factor);
   const int low = c.is_signed ? -128 : 0;
   const float shifted = value + static_cast<float>(layer.numbers.y_zero_point);
-  const float limited = std::fmin(std::fmax(shifted, static_cast<float>(low)), static_cast<float>(low + 255));
-  return static_cast<std::uint8_t>(static_cast<int>(limited));
+  return std::fmin(std::fmax(shifted, static_cast<float>(low)), static_cast<float>(low + 255));
+}
+
+float Found(const Case& c, const std::vector<std::uint8_t>& y, std::size_t at) {
+  if (c.floats) {
+    float value = 0;
+    std::memcpy(&value, y.data() + at * sizeof value, sizeof value);
+    return value;
+  }
+  return c.is_signed ? static_cast<float>(static_cast<std::int8_t>(y[at])) : static_cast<float>(y[at]);
 }
 
 // Whether the kernels of `isa` give what is expected.
@@ -131,7 +147,8 @@ bool Check(const Case& c, const Layer& layer, Isa isa) {
   }
   const std::int64_t out_height = c.matmul ? 1 : plan.out_size[0];
   const std::int64_t out_width = c.matmul ? 1 : plan.out_size[1];
-  std::vector<std::uint8_t> y(static_cast<std::size_t>(c.rows * g.out_channels * out_height * out_width));
+  const auto count = static_cast<std::size_t>(c.rows * g.out_channels * out_height * out_width);
+  std::vector<std::uint8_t> y(count * (c.floats ? sizeof(float) : 1));
   std::vector<std::uint8_t> workspace(plan.workspace);
   for (int phase = 0; phase < kPhases; ++phase) {
     Run(*weights, *requantizer, plan, phase, 0, plan.items[phase], layer.x.data(), y.data(), workspace.data());
@@ -141,11 +158,12 @@ bool Check(const Case& c, const Layer& layer, Isa isa) {
     for (std::int64_t m = 0; m < g.out_channels; ++m) {
       for (std::int64_t oy = 0; oy < out_height; ++oy) {
         for (std::int64_t ox = 0; ox < out_width; ++ox, ++at) {
-          const std::uint8_t expected = Expected(c, layer, n, m, oy, ox);
-          if (y[at] != expected) {
-            std::printf("%s: sample %d channel %d at %d, %d: %d, expected %d\n", postquant::IsaName(isa),
-                        static_cast<int>(n), static_cast<int>(m), static_cast<int>(oy), static_cast<int>(ox), y[at],
-                        expected);
+          const float expected = Expected(c, layer, n, m, oy, ox);
+          const float found = Found(c, y, at);
+          if (found != expected) {
+            std::printf("%s: sample %d channel %d at %d, %d: %.9g, expected %.9g\n", postquant::IsaName(isa),
+                        static_cast<int>(n), static_cast<int>(m), static_cast<int>(oy), static_cast<int>(ox),
+                        static_cast<double>(found), static_cast<double>(expected));
             return false;
           }
         }
@@ -161,6 +179,7 @@ Case RandomCase(Random* random, int index) {
   c.bits = index % 2 == 0 ? 4 : 2;
   c.is_signed = index % 3 == 0;
   c.matmul = index % 4 == 0;
+  c.floats = index % 8 == 4;
   g = {random->Between(1, 70), random->Between(1, 90), 1, {1, 1}, {1, 1}, {1, 1}, {0, 0}, {0, 0}};
   c.rows = c.matmul ? random->Between(1, 20) : random->Between(1, 2);
   c.height = c.width = 1;

@@ -84,6 +84,7 @@ namespace postquant {
 const char* IsaProblem() { return g_isa_problem; }
 void AddLutQLinearConv(const OrtApi*, OperatorList* list) { list->push_back(std::make_shared<OrtCustomOp>()); }
 void AddLutQLinearMatMul(const OrtApi*, OperatorList* list) { list->push_back(std::make_shared<OrtCustomOp>()); }
+void AddLutMatMulIntegerToFloat(const OrtApi*, OperatorList*) {}
 void AddAdaptiveQuantize(const OrtApi*, OperatorList*) {}
 void AddAdaptiveRequantize(const OrtApi*, OperatorList*) {}
 void AddBorderQuantize(const OrtApi*, OperatorList*) {}

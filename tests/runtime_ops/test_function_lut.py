@@ -14,7 +14,13 @@ from onnx import TensorProto, helper, numpy_helper
 from postquant.runtime_ops.code_book import post_table
 from postquant.runtime_ops.integer import Affine, Prediction, compare_codes
 from postquant.runtime_ops.law import dequantize, quantize
-from postquant.runtime_ops.law_lut import LutWeight, lut_qlinear_conv, lut_qlinear_matmul, pack_codes
+from postquant.runtime_ops.law_lut import (
+    LutWeight,
+    lut_matmul_integer_to_float,
+    lut_qlinear_conv,
+    lut_qlinear_matmul,
+    pack_codes,
+)
 from postquant.runtime_ops.schema import DOMAIN
 
 Constants = dict[str, npt.NDArray[Any]]
@@ -141,6 +147,49 @@ def test_matrix_product_fuses_and_equals_the_law(operators: Any, shape: tuple[in
     agreement = compare_codes(law, operators.on_evaluator(model, a)[0])
     assert agreement.mismatches == 0
     assert agreement.ties <= 2
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("shape", [(6, 37), (1, 37), (37,), (2, 3, 37), (2, 2, 3, 37)], ids=str)
+def test_a_float_output_fuses_and_equals_the_law(operators: Any, shape: tuple[int, ...], bits: int, dtype: Any) -> None:
+    model, real, codes, law = float_case(operators, shape, bits, dtype)
+    (observed,), kernels = operators.on_onnxruntime(model, real)
+    assert kernels == {"QuantizeLinear", "MatMulIntegerToFloat", "Sub"}
+    # onnxruntime's kernel makes the same three float operations, and Sub the last one: equal to the bit.
+    np.testing.assert_array_equal(observed, law)
+    assert len(np.unique(observed)) > 3
+    (unfused,) = operators.on_onnxruntime(model, real, optimize=False)[0]
+    np.testing.assert_allclose(unfused, law, rtol=0, atol=2.0**-18 * float(np.abs(law).max()))
+    if codes.ndim > 1:  # any batch size
+        np.testing.assert_array_equal(operators.on_onnxruntime(model, real[:1])[0][0], law[:1])
+
+
+@pytest.mark.parametrize("shape", [(6, 37), (2, 3, 37)], ids=str)
+def test_a_float_output_in_the_evaluator(operators: Any, shape: tuple[int, ...]) -> None:
+    model, real, _, law = float_case(operators, shape, 4, np.int8)
+    (reference,) = operators.on_evaluator(model, real, reference=True)
+    assert reference.dtype == np.float32
+    np.testing.assert_array_equal(reference, law)
+    (body,) = operators.on_evaluator(model, real)
+    assert body.dtype == np.float32
+    # The body sums float products.
+    np.testing.assert_allclose(body, law, rtol=0, atol=2.0**-18 * float(np.abs(law).max()))
+
+
+def float_case(
+    operators: Any, shape: tuple[int, ...], bits: int, dtype: Any
+) -> tuple[onnx.ModelProto, npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[np.float32]]:
+    """A LutMatMulIntegerToFloat behind a quantizer, a float input, its codes, and what the law makes of them."""
+    case = Case(len(shape) + bits, 5, 37, bits, dtype, powers=False)
+    codes = case.codes(shape)
+    bias = case.rng.normal(0, 3, 5).astype(np.float32)
+    law = lut_matmul_integer_to_float(codes, case.x, case.weight((5, 37)), bias)
+    constants = case.constants("a") | {"bias": bias}
+    del constants["y_scale"], constants["y_zero_point"]
+    real = dequantize(codes, case.x.scale, case.x.zero_point)
+    model = operators.model("LutMatMulIntegerToFloat", real, constants, {"bits": bits, "w_shape": (5, 37)}, stored=True)
+    return model, real, codes, law
 
 
 def test_int8_matrix_product_fuses_between_other_operators(operators: Any) -> None:

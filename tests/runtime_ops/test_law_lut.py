@@ -15,6 +15,7 @@ from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.integer import Affine
 from postquant.runtime_ops.law_lut import (
     LutWeight,
+    lut_matmul_integer_to_float,
     lut_qlinear_conv,
     lut_qlinear_matmul,
     pack_codes,
@@ -97,6 +98,31 @@ def test_matrix_product_is_the_written_out_sum(shape: tuple[int, ...]) -> None:
 def requantized(total: int, x_scale: float, w_scale: np.float32, yq: Affine, info: Any) -> int:
     factor = np.float32(np.float32(np.float32(x_scale) * w_scale) / np.float32(yq.scale))
     return int(np.clip(round(float(np.float32(total) * factor)) + int(yq.zero_point), info.min, info.max))
+
+
+def test_a_float_output_is_the_product_and_the_bias() -> None:
+    rng = np.random.default_rng(5)
+    codes = pack_codes(rng.integers(0, 16, (7, 33)), 4)
+    table = rng.integers(-128, 128, 16).astype(np.int8)
+    weight = LutWeight(codes, table, rng.uniform(0.1, 1, 7).astype(np.float32), 4, (7, 33))
+    q = Affine(np.asarray(0.3, np.float32), np.asarray(-9, np.int32), np.dtype(np.int8))
+    a = rng.integers(-128, 128, (2, 3, 33)).astype(np.int8)
+    bias = rng.normal(0, 5, 7).astype(np.float32)
+    found = lut_matmul_integer_to_float(a, q, weight, bias)
+    real = (a.astype(np.float64) + 9) * float(q.scale) @ (weight.decoded().T * weight.scale.astype(np.float64)) + bias
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, real, rtol=1e-6, atol=1e-4)
+    arguments: dict[str, Any] = {"a": a, "aq": q, "weight": weight, "bias": bias}
+    for wrong in (
+        {"a": a[..., :5]},
+        {"a": np.zeros((), np.int8)},
+        {"a": a.astype(np.uint8)},
+        {"bias": bias[:3]},
+        {"bias": bias.astype(np.float64)},
+        {"bias": np.full(7, np.nan, np.float32)},
+    ):
+        with pytest.raises(ModelError):
+            lut_matmul_integer_to_float(**(arguments | wrong))
 
 
 def parts() -> dict[str, Any]:

@@ -9,10 +9,9 @@ import ctypes
 import dataclasses
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,13 @@ import numpy.typing as npt
 import pytest
 
 from postquant.runtime_ops.integer import Affine
-from postquant.runtime_ops.law_lut import LutWeight, lut_qlinear_conv, lut_qlinear_matmul, pack_codes
+from postquant.runtime_ops.law_lut import (
+    LutWeight,
+    lut_matmul_integer_to_float,
+    lut_qlinear_conv,
+    lut_qlinear_matmul,
+    pack_codes,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIBRARY_VARIABLE = "POSTQUANT_LUT_TEST_LIBRARY"
@@ -49,16 +54,23 @@ class Conv:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """Numbers of a layer; ``conv`` is None for a matrix product."""
+    """Numbers of a layer; ``conv`` is None for a matrix product, whose output is float where its bias is."""
 
     weight: LutWeight
-    bias: npt.NDArray[np.int32]
+    bias: Array
     xq: Affine
     yq: Affine
     conv: Conv | None = None
 
+    @property
+    def floats(self) -> bool:
+        """Whether the output is float."""
+        return self.bias.dtype == np.float32
+
     def law(self, x: Array) -> Array:
         """What the kernels must write."""
+        if self.floats:
+            return lut_matmul_integer_to_float(x, self.xq, self.weight, self.bias)
         if self.conv is None:
             codes = lut_qlinear_matmul(x, self.xq, self.weight, self.bias, self.yq).codes
         else:
@@ -100,7 +112,8 @@ class Kernels:
         status = self.library.lut_make(
             ISAS.index(isa), int(layer.conv is None), pointer(geometry), pointer(w.codes), w.bits, pointer(w.table),
             pointer(w.scale), pointer(layer.bias), ctypes.c_float(float(layer.xq.scale)),
-            ctypes.c_float(float(layer.yq.scale)), pointer(integers), ctypes.byref(out),
+            ctypes.c_float(float(layer.yq.scale)), pointer(integers), pointer(layer.bias) if layer.floats else None,
+            ctypes.byref(out),
         )  # fmt: skip
         return int(status)
 
@@ -114,7 +127,7 @@ class Kernels:
             assert self.library.lut_run(made, pointer(size), pointer(x), None, pointer(spatial), 0, 1) == OK
             shape = (x.shape[0], len(layer.bias), *(spatial if layer.conv else ()))
             # A guard behind the result: nothing is written there.
-            buffer = np.full(int(np.prod(shape)) + 64, 77, layer.yq.dtype)
+            buffer = np.full(int(np.prod(shape)) + 64, 77, np.float32 if layer.floats else layer.yq.dtype)
             status = self.library.lut_run(
                 made, pointer(size), pointer(x), pointer(buffer), pointer(spatial), int(backwards), 1
             )
@@ -125,27 +138,9 @@ class Kernels:
             self.library.lut_free(made)
 
 
-def build(folder: pathlib.Path, flags: str = "-O3 -DNDEBUG") -> pathlib.Path:
-    """Builds the library in ``folder``, which is kept: a second build has nothing to do."""
-    cmake = shutil.which("cmake", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    if cmake is None or shutil.which("c++") is None:
-        pytest.skip("cmake or a C++ compiler is not installed")
-    source = ROOT / "runtime_ops"
-    options = [f"-DCMAKE_CXX_FLAGS_RELEASE={flags}", "-DCMAKE_BUILD_TYPE=Release", "-DPOSTQUANT_NATIVE=ON"]
-    commands = (
-        [cmake, "-S", str(source), "-B", str(folder), *options],
-        [cmake, "--build", str(folder), "--parallel", "2", "--target", "postquant_lut_test"],
-    )
-    for command in commands:
-        result = subprocess.run(command, check=False, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
-    return next(folder.glob("libpostquant_lut_test.*"))
-
-
 @pytest.fixture(scope="session")
-def kernels() -> Kernels:
-    given = os.environ.get(LIBRARY_VARIABLE)
-    return Kernels(pathlib.Path(given) if given else build(ROOT / "build" / "lut-test"))
+def kernels(lut_library: pathlib.Path) -> Kernels:
+    return Kernels(lut_library)
 
 
 @pytest.fixture(params=ISAS)
@@ -177,6 +172,11 @@ def random_layer(
     return Layer(LutWeight(codes, table, scale, bits, tuple(shape)), bias, xq, yq, conv)
 
 
+def float_layer(rng: np.random.Generator, layer: Layer) -> Layer:
+    """The same layer with a float output."""
+    return dataclasses.replace(layer, bias=rng.normal(0, 100, len(layer.bias)).astype(np.float32))
+
+
 def random_codes(rng: np.random.Generator, shape: Sequence[int], dtype: Any) -> Array:
     """Codes of the whole type, its ends included."""
     info = np.iinfo(dtype)
@@ -199,6 +199,39 @@ def test_matrix_product(kernels: Kernels, isa: str, bits: int, dtype: Any) -> No
             layer = random_layer(rng, (int(rng.choice(outputs)), int(rng.choice(inputs))), bits, dtype)
             x = random_codes(rng, (rows, layer.weight.shape[1]), dtype)
             check(kernels, isa, layer, x, backwards=index % 2 == 1)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+@pytest.mark.parametrize("bits", [4, 2])
+def test_float_outputs(kernels: Kernels, isa: str, bits: int, dtype: Any) -> None:
+    rng = np.random.default_rng(bits + 7)
+    for index, rows in enumerate([0, 1, 2, 3, 4, 5, 6, 7, 13, 15, 16, 17, 32, 33, 95, 96, 97, 130]):
+        for outputs in (1, 8, 16, 17, int(rng.integers(1, 64)), 64, int(rng.integers(65, 200))):
+            layer = float_layer(rng, random_layer(rng, (outputs, int(rng.integers(1, 200))), bits, dtype))
+            x = random_codes(rng, (rows, layer.weight.shape[1]), dtype)
+            check(kernels, isa, layer, x, backwards=index % 2 == 1)
+    layer = float_layer(rng, random_layer(rng, (200, 4099), bits, dtype))
+    for rows in (1, 40):
+        check(kernels, isa, layer, random_codes(rng, (rows, 4099), dtype))
+
+
+def test_float_outputs_of_extreme_sums(kernels: Kernels, isa: str) -> None:
+    # Sums beyond int32 wrap around; those beyond 2^24 are rounded when they become float.
+    rng = np.random.default_rng(1)
+    layer = random_layer(rng, (5, 70000), 4, np.uint8)
+    table = np.array([-128, 127] * 8, np.int8)
+    weight = dataclasses.replace(layer.weight, table=table, codes=np.full_like(layer.weight.codes, 0x11))
+    layer = float_layer(rng, dataclasses.replace(layer, weight=weight, xq=numbers(0.37, 0, np.uint8)))
+    for rows in (1, 9):
+        check(kernels, isa, layer, np.full((rows, 70000), 255, np.uint8))
+        check(kernels, isa, layer, rng.integers(100, 256, (rows, 70000)).astype(np.uint8))
+
+
+def test_convolutions_have_no_float_output(kernels: Kernels, isa: str) -> None:
+    conv = Conv((5, 2, 3, 3))
+    rng = np.random.default_rng(0)
+    layer = float_layer(rng, random_layer(rng, conv.shape, 4, np.uint8, conv))
+    assert kernels.make(isa, layer, ctypes.c_void_p()) == BAD_SHAPE
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 40])
@@ -338,46 +371,8 @@ def test_refusals(kernels: Kernels, isa: str) -> None:
         assert kernels.make(isa, wrong, ctypes.c_void_p()) == BAD_SHAPE
 
 
-def test_no_symbol_of_one_instruction_set_can_stand_in_for_another(kernels: Kernels) -> None:
-    # The linker keeps one copy of a weak symbol, whatever the set it was compiled for.
-    folder = pathlib.Path(kernels.library._name).parent / "CMakeFiles" / "postquant_lut_test.dir" / "csrc"
-    objects = sorted(folder.glob("lut_isa_*.o"))
-    nm = shutil.which("nm")
-    if nm is None or not objects:
-        pytest.skip("there are no object files, or nm is not installed")
-    for path in objects:
-        listing = subprocess.run([nm, "--defined-only", str(path)], check=True, capture_output=True, text=True)
-        shared = [line.split()[-1] for line in listing.stdout.splitlines() if line.split()[-2] not in "tbdr"]
-        assert [name for name in shared if not name.endswith("TableEv")] == [], path.name
-
-
-PRINT_SELECTED = """
-import ctypes, sys
-library = ctypes.CDLL(sys.argv[1])
-library.lut_isa_problem.restype = ctypes.c_char_p
-problem = library.lut_isa_problem()
-print(library.lut_isa_selected(), (problem or b"").decode())
-"""
-
-
-@pytest.mark.parametrize("name", [*ISAS, "", "sse9"])
-def test_instruction_set_is_forced_by_the_environment(kernels: Kernels, name: str) -> None:
-    command = [sys.executable, "-c", PRINT_SELECTED, kernels.library._name]
-    environment = os.environ | {"POSTQUANT_ISA": name}
-    result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    index, _, problem = result.stdout.strip().partition(" ")
-    selected = ISAS[int(index)]
-    available = [isa for isa in ISAS if kernels.has(isa)]
-    if name in ISAS:
-        assert selected == [isa for isa in available if ISAS.index(isa) <= ISAS.index(name)][-1]
-        assert bool(problem) == (name not in available)
-    else:
-        assert selected == available[-1]
-        assert bool(problem) == bool(name)
-
-
 @pytest.mark.slow
-def test_clean_under_sanitizers() -> None:
+def test_clean_under_sanitizers(lut_build: Callable[..., pathlib.Path]) -> None:
     """Some tests above in a process of their own, with address and undefined-behaviour checks."""
     if LIBRARY_VARIABLE in os.environ:
         pytest.skip("this is that process")
@@ -385,7 +380,7 @@ def test_clean_under_sanitizers() -> None:
     asan = pathlib.Path(runtime.stdout.strip())
     if not asan.is_absolute():
         pytest.skip("the compiler has no sanitizer runtime")
-    library = build(
+    library = lut_build(
         ROOT / "build" / "lut-test-sanitized", "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
     )
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "uint8 and 4 or uint8 and convolution"]

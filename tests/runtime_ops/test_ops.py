@@ -24,6 +24,7 @@ STEP = {"features": 7, "beta_min": 0.5, "beta_max": 2.0, **CODES}
 SHAPES: dict[str, tuple[dict[str, Any], list[Any], list[list[Any]]]] = {
     "LutQLinearConv": (LUT, ["N", 3, 9, "W"], [["N", 7, 5, None]]),
     "LutQLinearMatMul": ({"bits": 2, "w_shape": [7, 3]}, ["N", "T", 3], [["N", "T", 7]]),
+    "LutMatMulIntegerToFloat": ({"bits": 4, "w_shape": [7, 3]}, ["N", "T", 3], [["N", "T", 7]]),
     "AdaptiveQuantize": (STEP, ["N", 3, 5], [["N", 3, 5], ["N"]]),
     "AdaptiveRequantize": (STEP, ["N", 3, 5], [["N", 3, 5], ["N"]]),
     "BorderQuantize": ({"channels": 3, **CODES}, ["N", 3, 5, "W"], [["N", 3, 5, "W"]]),
@@ -54,10 +55,8 @@ def model(entry: Operator, *, functions: bool, shape: list[Any] | None = None, *
         inputs.append(helper.make_tensor_value_info(p.name, element.get(p.type_str, TensorProto.UINT8), dims))
     names = [p.name for p in schema.outputs]
     ends = [
-        helper.make_tensor_value_info(
-            n, TensorProto.FLOAT if n == "step_out" else TensorProto.UINT8, [None] * len(dims)
-        )
-        for n, dims in zip(names, outputs, strict=True)
+        helper.make_tensor_value_info(p.name, element.get(p.type_str, TensorProto.UINT8), [None] * len(dims))
+        for p, dims in zip(schema.outputs, outputs, strict=True)
     ]
     node = helper.make_node(entry.name, [p.name for p in schema.inputs], names, domain=DOMAIN, **(attributes | changes))
     return helper.make_model(

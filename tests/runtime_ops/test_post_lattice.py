@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from postquant.runtime_ops.code_book import post_table
-from postquant.runtime_ops.post_lattice import PLANE_UNIT, exact_levels, two_planes
+from postquant.runtime_ops.post_lattice import PLANE_UNIT, exact_levels, lattice_scale, plane_scales, two_planes
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -14,8 +14,8 @@ def test_planes_are_powers_of_two_and_together_powers_of_their_root(bits: int) -
     even, odd = two_planes(bits)
     assert not ((even != 0) & (odd != 0)).any()
     for plane in (even, odd):
-        sizes = np.abs(plane[plane != 0].astype(int))
-        assert (sizes & (sizes - 1) == 0).all()
+        halvings = np.log2(PLANE_UNIT / np.abs(plane[plane != 0].astype(int)))
+        np.testing.assert_array_equal(halvings, np.rint(halvings))
         assert np.abs(plane.astype(int)).max() <= PLANE_UNIT
     exponents = -2 * np.log2(np.abs(exact_levels(bits)[exact_levels(bits) != 0]))
     np.testing.assert_allclose(exponents, np.rint(exponents), atol=1e-12)
@@ -42,3 +42,13 @@ def test_two_integer_sums_give_the_exact_product() -> None:
     weights = rng.integers(0, 16, (500, 300))
     real, near = x @ exact_levels(4)[weights], x @ (post_table(4) / 96)[weights]
     assert 3e-4 < np.sqrt(np.square(real - near).mean() / np.square(real).mean()) < 2e-3
+
+
+def test_scales_of_the_planes_make_the_levels() -> None:
+    rng = np.random.default_rng(2)
+    scale = np.exp(rng.uniform(-12, 3, 1000)).astype(np.float32)
+    even, odd = plane_scales(scale)
+    np.testing.assert_array_equal(lattice_scale(even), scale)
+    first, second = (plane.astype(np.float64) for plane in two_planes(4))
+    real = first[:, None] * even.astype(np.float64) + second[:, None] * odd.astype(np.float64)
+    np.testing.assert_allclose(real, exact_levels(4)[:, None] * 96 * scale.astype(np.float64), rtol=1e-7)

@@ -229,6 +229,21 @@ class Nodes:
             [helper.np_dtype_to_tensor_dtype(np.dtype(dtype))],
         )
 
+    def lut_matmul_to_float(
+        self,
+        rng: np.random.Generator,
+        *,
+        outer: Sequence[int] = (2,),
+        outputs: int = 5,
+        inputs: int = 7,
+        bits: int = 4,
+        dtype: Any = np.uint8,
+    ) -> Node:
+        """A LutMatMulIntegerToFloat."""
+        node = self.lut_matmul(rng, outer=outer, outputs=outputs, inputs=inputs, bits=bits, dtype=dtype)
+        node = node.changed(bias=rng.normal(0, 9, outputs).astype(np.float32), y_scale=None, y_zero_point=None)
+        return dataclasses.replace(node, op="LutMatMulIntegerToFloat", result_types=[onnx.TensorProto.FLOAT])
+
     def adaptive(
         self,
         rng: np.random.Generator,

@@ -62,13 +62,17 @@ OrtValue Tensor(Draw& draw, int type, std::vector<std::int64_t> dims, bool scale
   return value;
 }
 
-void AddLutInputs(Draw& draw, Node* node, std::int64_t outputs, std::int64_t terms, std::int64_t bits) {
+void AddLutInputs(Draw& draw, Node* node, std::int64_t outputs, std::int64_t terms, std::int64_t bits,
+                  bool float_output = false) {
   node->inputs.push_back(Tensor(draw, kFloat, {}, true));
   node->inputs.push_back(Tensor(draw, node->x_type, {}));
   node->inputs.push_back(Tensor(draw, kUint8, {outputs, (terms * bits + 7) / 8}));
   node->inputs.push_back(Tensor(draw, kInt8, {std::int64_t{1} << bits}));
   node->inputs.push_back(Tensor(draw, kFloat, {outputs}, true));
-  node->inputs.push_back(Tensor(draw, kInt32, {outputs}));
+  node->inputs.push_back(Tensor(draw, float_output ? kFloat : kInt32, {outputs}));
+  if (float_output) {
+    return;
+  }
   node->inputs.push_back(Tensor(draw, kFloat, {}, true));
   node->inputs.push_back(Tensor(draw, node->x_type, {}));
 }
@@ -106,7 +110,8 @@ Node Convolution(Draw& draw) {
 
 Node MatrixProduct(Draw& draw) {
   Node node;
-  node.name = "LutQLinearMatMul";
+  const bool float_output = draw.OneIn(2);
+  node.name = float_output ? "LutMatMulIntegerToFloat" : "LutQLinearMatMul";
   node.x_type = draw.OneIn(2) ? kInt8 : kUint8;
   const std::int64_t outputs = draw.Between(1, 140);
   const std::int64_t terms = draw.Between(1, 200);
@@ -119,7 +124,7 @@ Node MatrixProduct(Draw& draw) {
   }
   x.push_back(terms);
   node.inputs.push_back(Tensor(draw, node.x_type, x));
-  AddLutInputs(draw, &node, outputs, terms, bits);
+  AddLutInputs(draw, &node, outputs, terms, bits, float_output);
   return node;
 }
 

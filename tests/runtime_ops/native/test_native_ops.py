@@ -1,4 +1,4 @@
-"""LutQLinearConv and LutQLinearMatMul equal the NumPy law: instruction sets, threads, run-time weights, branches."""
+"""The operators with packed weights equal the NumPy law: instruction sets, threads, run-time weights, branches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SETS = ["baseline", "neondot", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "a
 
 
 def lut_nodes(nodes: Nodes) -> dict[str, Node]:
-    """Cases of both LUT operators: tails of every tile, both types, both widths."""
+    """Cases of all of them: tails of every tile, both types, both widths."""
     rng = np.random.default_rng(0)
     made: dict[str, Node] = {}
     for dtype in (np.uint8, np.int8):
@@ -46,6 +46,10 @@ def lut_nodes(nodes: Nodes) -> dict[str, Node]:
                 f"matmul_row_{tag}": nodes.lut_matmul(rng, outer=(1,), outputs=65, inputs=131, **options),
                 f"matmul_vector_{tag}": nodes.lut_matmul(rng, outer=(), outputs=3, inputs=1, **options),
                 f"matmul_many_{tag}": nodes.lut_matmul(rng, outer=(130,), outputs=129, inputs=64, **options),
+                f"float_{tag}": nodes.lut_matmul_to_float(rng, outer=(3, 5), outputs=70, inputs=37, **options),
+                f"float_row_{tag}": nodes.lut_matmul_to_float(rng, outer=(1,), outputs=65, inputs=131, **options),
+                f"float_vector_{tag}": nodes.lut_matmul_to_float(rng, outer=(), outputs=3, inputs=1, **options),
+                f"float_many_{tag}": nodes.lut_matmul_to_float(rng, outer=(130,), outputs=129, inputs=64, **options),
             }
     return made
 
@@ -61,15 +65,21 @@ def test_zero_samples_give_zero_samples(native: Native, nodes: Nodes, rng: np.ra
     assert native.run(conv)[0].shape == (0, 5, 5, 4)
     matmul = nodes.lut_matmul(rng, outer=(0, 3))
     assert native.run(matmul)[0].shape == (0, 3, 5)
+    floats = nodes.lut_matmul_to_float(rng, outer=(0, 3))
+    assert native.run(floats)[0].shape == (0, 3, 5)
 
 
-def test_everything_may_be_computed_at_run_time(native: Native, nodes: Nodes, rng: np.random.Generator) -> None:
-    node = nodes.lut_matmul(rng)
+@pytest.mark.parametrize("kind", ["lut_matmul", "lut_matmul_to_float"])
+def test_everything_may_be_computed_at_run_time(
+    native: Native, nodes: Nodes, rng: np.random.Generator, kind: str
+) -> None:
+    make = getattr(nodes, kind)
+    node = make(rng)
     node = node.changed(fed=set(node.inputs))
     session = native.session(node.model())
-    other = nodes.lut_matmul(rng)
+    other = make(rng)
     for each in (node, node, node.changed(codes=other.inputs["codes"]), node.changed(table=other.inputs["table"])):
-        again = each.changed(x=nodes.lut_matmul(rng).inputs["x"])
+        again = each.changed(x=make(rng).inputs["x"])
         np.testing.assert_array_equal(session.run(None, again.feeds)[0], again.expected()[0])
 
 
@@ -95,13 +105,18 @@ def test_shapes_are_inferred(native: Native, nodes: Nodes, rng: np.random.Genera
     assert session.get_outputs()[0].shape == list(node.expected()[0].shape)
     matmul = nodes.lut_matmul(rng, outer=(4, 3))
     assert native.session(matmul.model(ranks_only=False)).get_outputs()[0].shape == [4, 3, 5]
+    for dtype in (np.uint8, np.int8):
+        floats = nodes.lut_matmul_to_float(rng, outer=(4, 3), dtype=dtype)
+        (result,) = native.session(floats.model(ranks_only=False)).get_outputs()
+        assert (result.shape, result.type) == ([4, 3, 5], "tensor(float)")
 
 
 def test_unknown_sizes_stay_unknown(
     native: Native, nodes: Nodes, rng: np.random.Generator, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """onnxruntime compares what was inferred with what comes, and warns."""
-    for node in (nodes.lut_conv(rng), nodes.lut_matmul(rng), nodes.adaptive(rng), nodes.border(rng)):
+    makers = (nodes.lut_conv, nodes.lut_matmul, nodes.lut_matmul_to_float, nodes.adaptive, nodes.border)
+    for node in (make(rng) for make in makers):
         session = native.session(node.model(), severity=2)
         for output in session.get_outputs():
             assert all(size is None or isinstance(size, str) or size > 0 for size in output.shape)

@@ -53,6 +53,15 @@ BAD_INPUTS: list[tuple[str, str, dict[str, Any], str]] = [
     ("matmul", "a scalar", {"x": np.zeros((), np.uint8)}, "(a) has shape []"),
     ("matmul", "codes", {"codes": np.zeros((7, 5), np.uint8)}, "(codes)"),
     ("matmul", "bias", {"bias": np.zeros((5, 1), np.int32)}, "(bias)"),
+    ("floats", "inner size", {"x": np.zeros((2, 8), np.uint8)}, "input 0 (a) has shape [2, 8], expected 7"),
+    ("floats", "a scalar", {"x": np.zeros((), np.uint8)}, "(a) has shape []"),
+    ("floats", "codes", {"codes": np.zeros((7, 5), np.uint8)}, "(codes)"),
+    ("floats", "small table", {"table": np.zeros(4, np.int8)}, "(table)"),
+    ("floats", "NaN scale", {"w_scale": f32(5, value=np.nan)}, "(w_scale) holds nan"),
+    ("floats", "few biases", {"bias": f32(4)}, "input 6 (bias) has shape [4], expected [5]"),
+    ("floats", "no biases", {"bias": f32(0)}, "(bias)"),
+    ("floats", "NaN bias", {"bias": f32(5, value=np.nan)}, "(bias) holds nan"),
+    ("floats", "overflowing multiplier", {"w_scale": f32(5, value=1e30), "x_scale": f32(value=1e30)}, "finite number"),
     ("adaptive", "NaN step", {"step": f32(value=np.nan)}, "input 1 (step) holds nan"),
     ("adaptive", "step of 0", {"step": f32(value=0)}, "(step)"),
     ("adaptive", "columns", {"w1": f32(3, 8)}, "(w1) has 8 columns, expected 7"),
@@ -116,6 +125,10 @@ BAD_ATTRIBUTES: list[tuple[str, dict[str, Any], str]] = [
     ("matmul", {"w_shape": [5, 7, 1]}, "attribute 'w_shape'"),
     ("matmul", {"w_shape": [5, 0]}, "attribute 'w_shape'"),
     ("matmul", {"w_shape": [5, 9]}, "(codes)"),
+    ("floats", {"bits": 3}, "attribute 'bits' is 3"),
+    ("floats", {"w_shape": [5, 9]}, "(codes)"),
+    ("floats", {"w_shape": [BIG, BIG]}, "LutMatMulIntegerToFloat"),
+    ("floats", {"w_shape": None}, "attribute 'w_shape' is missing"),
     ("adaptive", {"features": 0}, "attribute 'features' is 0"),
     ("adaptive", {"features": 8}, "attribute 'features' is 8"),
     ("adaptive", {"features": 1}, "(w1)"),
@@ -141,12 +154,14 @@ def valid(nodes: Nodes, op: str) -> Node:
         return nodes.lut_conv(rng)
     if op == "matmul":
         return nodes.lut_matmul(rng)
+    if op == "floats":
+        return nodes.lut_matmul_to_float(rng)
     if op == "border":
         return nodes.border(rng, window=(3, 3), rank=3, table=True)
     return nodes.adaptive(rng, requantize=op == "requantize")
 
 
-@pytest.mark.parametrize("op", ["conv", "matmul", "adaptive", "requantize", "border"])
+@pytest.mark.parametrize("op", ["conv", "matmul", "floats", "adaptive", "requantize", "border"])
 def test_the_unchanged_nodes_run(native: Native, nodes: Nodes, op: str) -> None:
     node = valid(nodes, op)
     for fed in ({"x"}, set(node.inputs)):
@@ -185,6 +200,9 @@ def test_bad_attributes(native: Native, nodes: Nodes, op: str, attributes: dict[
         ("conv", {"bias": np.zeros(5, np.int64)}),
         ("conv", {"w_scale": np.ones(5, np.float64)}),
         ("conv", {"y_zero_point": None}),
+        ("floats", {"bias": np.zeros(5, np.int32)}),
+        ("floats", {"bias": None}),
+        ("floats", {"x_zero_point": np.zeros((), np.int8)}),
         ("adaptive", {"zero_point": np.zeros((), np.int8)}),
         ("border", {"window": np.zeros((5, 3, 3), np.float32)}),
         ("border", {"x": np.zeros((1, 5), np.uint8)}),
@@ -243,7 +261,8 @@ def test_fuzz_convolution(native: Native, nodes: Nodes, data: st.DataObject) -> 
 @given(data=st.data())
 def test_fuzz_matrix_product(native: Native, nodes: Nodes, data: st.DataObject) -> None:
     draw = data.draw
-    node = nodes.lut_matmul(
+    make = draw(st.sampled_from([nodes.lut_matmul, nodes.lut_matmul_to_float]))
+    node = make(
         np.random.default_rng(draw(st.integers(0, 9))),
         outer=draw(st.lists(st.integers(0, 3), max_size=3)),
         outputs=draw(st.integers(1, 70)),

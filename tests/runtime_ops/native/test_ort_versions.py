@@ -31,6 +31,8 @@ def some_of_each(nodes: Nodes) -> dict[str, Node]:
         "conv_line": nodes.lut_conv(rng, w_shape=(4, 2, 3), spatial=(9,)),
         "matmul": nodes.lut_matmul(rng, outer=(2, 3), outputs=33, inputs=40),
         "matmul_signed": nodes.lut_matmul(rng, dtype=np.int8),
+        "float": nodes.lut_matmul_to_float(rng, outer=(2, 3), outputs=33, inputs=40),
+        "float_signed": nodes.lut_matmul_to_float(rng, dtype=np.int8),
         "adaptive": nodes.adaptive(rng),
         "requantize": nodes.adaptive(rng, requantize=True),
         "border": nodes.border(rng, window=(3, 3), rank=2, table=True),

@@ -3,46 +3,59 @@
 #define POSTQUANT_CSRC_ADAPTIVE_BODY_H_
 
 #include "quantize_kernels.h"
+#include "quantize_lanes.h"
 #include "quantize_rounding.h"
 
 namespace postquant::quantize {
 namespace {
 
-constexpr std::size_t kLanes = 32;  // independent sums, so that one addition need not wait for the one before it
+#if defined(POSTQUANT_LANES)
+// Whole groups of elements; returns how many elements that were. Four sums, so that one addition need not wait for the
+// one before it.
+template <bool kSquares, bool kLargest>
+std::size_t PoolGroups(const float* __restrict x, std::size_t count, Moments* out) {
+  constexpr std::size_t kSums = 4;
+  constexpr std::size_t kDoubles = Lanes::kLanes / 2;
+  constexpr std::size_t kStep = kSums * kDoubles;
+  Lanes::Doubles sum[kSums] = {};
+  Lanes::Doubles squares[kSums] = {};
+  Lanes::Floats largest[kSums / 2] = {};
+  std::size_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    for (std::size_t s = 0; s < kSums; ++s) {
+      const Lanes::Doubles wide = Lanes::LoadDoubles(x + i + s * kDoubles);
+      sum[s] = Lanes::AddDoubles(sum[s], wide);
+      if (kSquares) {
+        squares[s] = Lanes::AddSquares(squares[s], wide);
+      }
+    }
+    for (std::size_t s = 0; kLargest && s < kSums / 2; ++s) {
+      largest[s] = Lanes::Larger(largest[s], Lanes::Load(x + i + s * Lanes::kLanes));
+    }
+  }
+  for (std::size_t s = 1; s < kSums; ++s) {
+    sum[0] = Lanes::AddDoubles(sum[0], sum[s]);
+    squares[0] = Lanes::AddDoubles(squares[0], squares[s]);
+  }
+  *out = {Lanes::Total(sum[0]), Lanes::Total(squares[0]),
+          static_cast<double>(Lanes::Largest(Lanes::Larger(largest[0], largest[1])))};
+  return i;
+}
+#else
+template <bool kSquares, bool kLargest>
+std::size_t PoolGroups(const float*, std::size_t, Moments* out) {
+  *out = {0.0, 0.0, 0.0};
+  return 0;
+}
+#endif
 
 template <bool kSquares, bool kLargest>
 void PoolFloat(const float* __restrict x, std::size_t count, Moments* out) {
-  double sum[kLanes] = {};
-  double squares[kLanes] = {};
-  float largest[kLanes] = {};
-  std::size_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (std::size_t j = 0; j < kLanes; ++j) {
-      const float value = x[i + j];
-      const double wide = static_cast<double>(value);
-      sum[j] += wide;
-      if (kSquares) {
-        squares[j] += wide * wide;
-      }
-      if (kLargest) {
-        const float size = Magnitude(value);
-        largest[j] = size > largest[j] ? size : largest[j];
-      }
-    }
-  }
-  for (std::size_t j = 0; i < count; ++i, ++j) {
-    const float value = x[i];
-    const double wide = static_cast<double>(value);
-    const float size = Magnitude(value);
-    sum[j] += wide;
-    squares[j] += wide * wide;
-    largest[j] = size > largest[j] ? size : largest[j];
-  }
-  *out = {0.0, 0.0, 0.0};
-  for (std::size_t j = 0; j < kLanes; ++j) {
-    const double size = static_cast<double>(largest[j]);
-    out->sum += sum[j];
-    out->squares += squares[j];
+  for (std::size_t i = PoolGroups<kSquares, kLargest>(x, count, out); i < count; ++i) {
+    const double wide = static_cast<double>(x[i]);
+    const double size = wide < 0.0 ? -wide : wide;
+    out->sum += wide;
+    out->squares += wide * wide;
     out->largest = size > out->largest ? size : out->largest;
   }
 }
@@ -56,13 +69,13 @@ void PoolAnyFloat(const float* __restrict x, std::size_t count, bool squares, bo
 }
 
 void PoolCodes(const std::uint8_t* __restrict x, std::size_t count, std::int32_t zero_point, Moments* out) {
-  constexpr std::size_t kGroup = 65536;  // 255 * 255 * 65536 < 2^32
+  constexpr std::size_t kPart = 65536;  // 255 * 255 * 65536 < 2^32
   std::int64_t total = 0;
   std::int64_t total_squares = 0;
   std::int32_t least = 255;
   std::int32_t most = 0;
-  for (std::size_t begin = 0; begin < count; begin += kGroup) {
-    const std::size_t size = count - begin < kGroup ? count - begin : kGroup;
+  for (std::size_t begin = 0; begin < count; begin += kPart) {
+    const std::size_t size = count - begin < kPart ? count - begin : kPart;
     std::uint32_t sum = 0;
     std::uint32_t squares = 0;
     std::uint8_t low = 255;
@@ -97,45 +110,44 @@ inline std::uint8_t Multiplied(float real, float reciprocal, const Limits& limit
   return static_cast<std::uint8_t>(Rounded(Limited(real * reciprocal, limits.low, limits.high)) + zero_point);
 }
 
-// A product with the reciprocal instead of the quotient is off by less than 3 * 2^-24 * 256, so it rounds to the same
-// integer unless it is that close to a tie.
-bool HasReciprocal(float step) { return step > 1e-37F && step < 1e37F; }
-
-#if defined(__AVX512F__)
-// Where division is what takes the time: blocks without a value close to a tie are multiplied.
-std::size_t QuantizeBlocks(const float* __restrict x, std::size_t count, float step, const CodeRange& range,
+#if defined(POSTQUANT_LANES)
+// Whole groups of elements, multiplied with the reciprocal unless one of them is close to a tie; returns how many
+// elements that were. Division would take most of the time.
+std::size_t QuantizeGroups(const float* __restrict x, std::size_t count, float step, const CodeRange& range,
                            std::uint8_t* __restrict y) {
-  constexpr float kFarFromTie = 0.4999F;
   const Limits limits(range);
-  const std::int32_t zero_point = range.zero_point;
-  const float reciprocal = 1.0F / step;
-  const std::size_t whole = HasReciprocal(step) ? count / kBlock * kBlock : 0;
-  for (std::size_t begin = 0; begin < whole; begin += kBlock) {
-    std::int32_t close = 0;
-    for (std::size_t i = begin; i < begin + kBlock; ++i) {
-      const float ratio = Limited(x[i] * reciprocal, limits.low, limits.high);
-      const float shifted = ratio + kRounder;
-      const float distance = Magnitude(ratio - (shifted - kRounder));
-      close |= distance > kFarFromTie ? 1 : 0;
-      y[i] = static_cast<std::uint8_t>(Bits(shifted) - kRounderBits + zero_point);
+  const Lanes::Floats low = Lanes::Set(limits.low);
+  const Lanes::Floats high = Lanes::Set(limits.high);
+  const Lanes::Floats reciprocal = Lanes::Set(1.0F / step);
+  const Lanes::Floats far = Lanes::Set(0.5F - kNear);
+  const std::size_t whole = HasReciprocal(step) ? count / kGroup * kGroup : 0;
+  for (std::size_t begin = 0; begin < whole; begin += kGroup) {
+    Lanes::Ints codes[kRegisters];
+    Lanes::Floats farthest = {};
+    for (std::size_t r = 0; r < kRegisters; ++r) {
+      const Lanes::Floats ratio = Lanes::Multiply(Lanes::Load(x + begin + r * Lanes::kLanes), reciprocal);
+      const Lanes::Floats limited = Lanes::Limited(ratio, low, high);
+      codes[r] = Lanes::Nearest(limited);
+      farthest = Lanes::Larger(farthest, Lanes::Subtract(limited, Lanes::Real(codes[r])));
     }
-    if (close != 0) {
-      for (std::size_t i = begin; i < begin + kBlock; ++i) {
-        y[i] = Divided(x[i], step, limits, zero_point);
+    Lanes::StoreBytes(codes, range.zero_point, y + begin);
+    if (Lanes::AnyAbove(farthest, far)) {
+      for (std::size_t i = begin; i < begin + kGroup; ++i) {
+        y[i] = Divided(x[i], step, limits, range.zero_point);
       }
     }
   }
   return whole;
 }
 #else
-std::size_t QuantizeBlocks(const float*, std::size_t, float, const CodeRange&, std::uint8_t*) { return 0; }
+std::size_t QuantizeGroups(const float*, std::size_t, float, const CodeRange&, std::uint8_t*) { return 0; }
 #endif
 
 void Quantize(const float* __restrict x, std::size_t count, float step, const CodeRange& range,
               std::uint8_t* __restrict y) {
   const Limits limits(range);
   const std::int32_t zero_point = range.zero_point;
-  for (std::size_t i = QuantizeBlocks(x, count, step, range, y); i < count; ++i) {
+  for (std::size_t i = QuantizeGroups(x, count, step, range, y); i < count; ++i) {
     y[i] = Divided(x[i], step, limits, zero_point);
   }
 }

@@ -5,11 +5,8 @@
 #include <cstring>
 
 #include "quantize_kernels.h"
+#include "quantize_lanes.h"
 #include "quantize_rounding.h"
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 namespace postquant::quantize {
 namespace {
@@ -26,88 +23,114 @@ inline std::uint8_t Code(float ratio, std::int32_t below, float border, std::int
   return static_cast<std::uint8_t>(below + zero_point + (fraction > positive ? 1 : 0));
 }
 
-// out[k] = table[index[k]], 0 <= index[k] < levels. Compilers find neither the permutation of a register, which a table
-// of 16 is, nor, always, the gather.
-constexpr std::size_t kGroup = 64;
-constexpr std::int32_t kSmallTable = 16;
+#if defined(POSTQUANT_LANES)
+// Where the border of a value comes from: one number, a table in registers, a table in memory.
+enum class Levels { kOne, kFew, kMany };
 
-inline void LookUp(const std::int32_t (&index)[kGroup], const ChannelBorder& border, float (&out)[kGroup]) {
-  float small[kSmallTable] = {};
-  const bool is_small = border.levels <= kSmallTable;
-  if (is_small) {
-    std::memcpy(small, border.table, sizeof(float) * static_cast<std::size_t>(border.levels));
-  }
-#if defined(__AVX512F__)
-  const __m512 all = _mm512_loadu_ps(small);
-  for (std::size_t k = 0; k < kGroup; k += 16) {
-    const __m512i which = _mm512_loadu_si512(index + k);
-    _mm512_storeu_ps(out + k, is_small ? _mm512_permutexvar_ps(which, all)
-                                       : _mm512_i32gather_ps(which, border.table, 4));
-  }
-#elif defined(__AVX2__)
-  const __m256 low = _mm256_loadu_ps(small);
-  const __m256 high = _mm256_loadu_ps(small + 8);
-  for (std::size_t k = 0; k < kGroup; k += 8) {
-    __m256i which;
-    std::memcpy(&which, index + k, sizeof which);
-    if (is_small) {
-      const __m256 in_high = _mm256_castsi256_ps(_mm256_slli_epi32(which, 28));  // bit 3 of the index is the sign
-      _mm256_storeu_ps(out + k, _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, which),
-                                                 _mm256_permutevar8x32_ps(high, which), in_high));
-    } else {
-      _mm256_storeu_ps(out + k, _mm256_i32gather_ps(border.table, which, 4));
-    }
-  }
-#else
-  const float* const table = is_small ? small : border.table;
-  for (std::size_t k = 0; k < kGroup; ++k) {
-    out[k] = table[index[k]];
-  }
-#endif
+inline Levels LevelsOf(const ChannelBorder& border) {
+  return border.levels == 1 ? Levels::kOne : border.levels <= Lanes::kSmallTable ? Levels::kFew : Levels::kMany;
 }
 
-// Whole groups of elements with a border per level; returns how many elements that were.
+// Borders by integer part; `first` is the place of 0 in the table.
+template <Levels kLevels>
+class BorderTable {
+ public:
+  BorderTable(const ChannelBorder& border, std::int32_t first)
+      : memory_(border.table), first_(first), one_(Lanes::Set(border.table[0])), few_() {
+    if (kLevels == Levels::kFew) {
+      float turned[Lanes::kSmallTable] = {};  // found by the low bits of an integer part, whatever its sign
+      for (std::int32_t i = 0; i < border.levels; ++i) {
+        turned[(i - first) & (Lanes::kSmallTable - 1)] = border.table[i];
+      }
+      few_ = Lanes::LoadTable(turned);
+    }
+  }
+
+  Lanes::Floats At(Lanes::Ints below) const {
+    return kLevels == Levels::kOne   ? one_
+           : kLevels == Levels::kFew ? Lanes::LookUp(below, few_)
+                                     : Lanes::Gather(below, first_, memory_);
+  }
+
+ private:
+  const float* memory_;
+  std::int32_t first_;
+  Lanes::Floats one_;
+  Lanes::Table few_;
+};
+
+// Whether a quotient on the wrong side of an integer gives the same code: no border is close to 0 or 1.
+inline bool IsInside(const ChannelBorder& border) {
+  bool inside = true;
+  for (std::int32_t i = 0; i < border.levels; ++i) {
+    inside = inside && border.table[i] > kNear && border.table[i] < 1.0F - kNear;
+  }
+  return inside;
+}
+#endif
+
+inline void BorderEach(const float* __restrict x, std::size_t count, float scale, const CodeRange& range,
+                       const ChannelBorder& border, std::uint8_t* __restrict y) {
+  const Limits limits(range);
+  const std::int32_t first = range.zero_point - range.low;
+  for (std::size_t i = 0; i < count; ++i) {
+    const float ratio = Limited(x[i] / scale, limits.low, limits.high);
+    const std::int32_t below = Below(ratio);
+    y[i] = Code(ratio, below, border.table[border.levels == 1 ? 0 : below + first], range.zero_point);
+  }
+}
+
+#if defined(POSTQUANT_LANES)
+// Whole groups of elements, multiplied with the reciprocal unless a fraction is close to its border; returns how many
+// elements that were.
+template <Levels kLevels>
 std::size_t BorderGroups(const float* __restrict x, std::size_t count, float scale, const CodeRange& range,
                          const ChannelBorder& border, std::uint8_t* __restrict y) {
   const Limits limits(range);
-  const std::int32_t zero_point = range.zero_point;
-  const std::int32_t first = zero_point - range.low;
-  std::size_t i = 0;
-  for (; i + kGroup <= count; i += kGroup) {
-    float ratios[kGroup];
-    std::int32_t index[kGroup];
-    float limit[kGroup];
-    for (std::size_t k = 0; k < kGroup; ++k) {
-      ratios[k] = Limited(x[i + k] / scale, limits.low, limits.high);
-      index[k] = Below(ratios[k]) + first;
+  const BorderTable<kLevels> table(border, range.zero_point - range.low);
+  const Lanes::Floats low = Lanes::Set(limits.low);
+  const Lanes::Floats high = Lanes::Set(limits.high);
+  const Lanes::Floats reciprocal = Lanes::Set(1.0F / scale);
+  const Lanes::Floats near = Lanes::Set(kNear);
+  const std::size_t whole = HasReciprocal(scale) && IsInside(border) ? count / kGroup * kGroup : 0;
+  for (std::size_t begin = 0; begin < whole; begin += kGroup) {
+    Lanes::Ints codes[kRegisters];
+    Lanes::Floats nearest = Lanes::Set(1.0F);
+    for (std::size_t r = 0; r < kRegisters; ++r) {
+      const Lanes::Floats ratio = Lanes::Multiply(Lanes::Load(x + begin + r * Lanes::kLanes), reciprocal);
+      const Lanes::Floats limited = Lanes::Limited(ratio, low, high);
+      const Lanes::Ints below = Lanes::Below(limited);
+      const Lanes::Floats fraction = Lanes::Subtract(limited, Lanes::Real(below));
+      const Lanes::Floats limit = table.At(below);
+      nearest = Lanes::Smaller(nearest, Lanes::Subtract(fraction, limit));
+      codes[r] = Lanes::Raised(below, fraction, limit);
     }
-    LookUp(index, border, limit);
-    for (std::size_t k = 0; k < kGroup; ++k) {
-      y[i + k] = Code(ratios[k], index[k] - first, limit[k], zero_point);
+    Lanes::StoreBytes(codes, range.zero_point, y + begin);
+    if (Lanes::AnyBelow(nearest, near)) {
+      BorderEach(x + begin, kGroup, scale, range, border, y + begin);
     }
   }
-  return i;
+  return whole;
 }
+#endif
 
 void Border(const float* __restrict x, std::size_t count, float scale, const CodeRange& range,
             const ChannelBorder& border, std::uint8_t* __restrict y) {
-  const Limits limits(range);
-  const std::int32_t zero_point = range.zero_point;
-  const float* __restrict const table = border.table;
-  if (border.levels == 1) {
-    const float only = table[0];
-    for (std::size_t i = 0; i < count; ++i) {
-      const float ratio = Limited(x[i] / scale, limits.low, limits.high);
-      y[i] = Code(ratio, Below(ratio), only, zero_point);
-    }
-    return;
+  std::size_t done = 0;
+#if defined(POSTQUANT_LANES)
+  switch (LevelsOf(border)) {
+    case Levels::kOne:
+      done = BorderGroups<Levels::kOne>(x, count, scale, range, border, y);
+      break;
+    case Levels::kFew:
+      done = BorderGroups<Levels::kFew>(x, count, scale, range, border, y);
+      break;
+    case Levels::kMany:
+      done = BorderGroups<Levels::kMany>(x, count, scale, range, border, y);
+      break;
   }
-  const std::int32_t first = zero_point - range.low;
-  for (std::size_t i = BorderGroups(x, count, scale, range, border, y); i < count; ++i) {
-    const float ratio = Limited(x[i] / scale, limits.low, limits.high);
-    const std::int32_t below = Below(ratio);
-    y[i] = Code(ratio, below, table[below + first], zero_point);
-  }
+#endif
+  BorderEach(x + done, count - done, scale, range, border, y + done);
 }
 
 void Residual(const float* __restrict x, std::size_t count, float scale, const CodeRange& range,
@@ -174,131 +197,74 @@ void Window(const std::int16_t* __restrict residual, std::size_t stride, const s
   }
 }
 
-// kRanks sums at a time, so that a residual is converted once for all of them.
-template <std::size_t kRanks>
-inline void MixBlock(const std::int16_t* __restrict residual, std::size_t step, const std::int8_t* weights,
-                     std::size_t channels, float* __restrict sums, std::size_t sums_step) {
-  float block[kRanks][kPadding] = {};
-  for (std::size_t c = 0; c < channels; ++c) {
-    float values[kPadding];
-    for (std::size_t k = 0; k < kPadding; ++k) {
-      values[k] = static_cast<float>(residual[c * step + k]);
-    }
-    for (std::size_t r = 0; r < kRanks; ++r) {
-      const float weight = static_cast<float>(weights[r * channels + c]);
-      for (std::size_t k = 0; k < kPadding; ++k) {
-        block[r][k] += weight * values[k];
+#if defined(POSTQUANT_LANES)
+// Whole groups of elements; returns how many elements that were.
+template <Levels kLevels, bool kWindow, bool kAcross>
+std::size_t DecideGroups(const float* __restrict ratios, std::size_t count, const CodeRange& range,
+                         const ChannelBorder& border, const Neighbours& neighbours, std::uint8_t* __restrict y) {
+  const BorderTable<kLevels> table(border, range.zero_point - range.low);
+  const Lanes::Floats window_scale = Lanes::Set(border.window_scale);
+  const Lanes::Floats across_scale = Lanes::Set(border.across_scale);
+  const std::size_t whole = count / kGroup * kGroup;
+  for (std::size_t begin = 0; begin < whole; begin += kGroup) {
+    Lanes::Ints codes[kRegisters];
+    for (std::size_t r = 0; r < kRegisters; ++r) {
+      const std::size_t i = begin + r * Lanes::kLanes;
+      const Lanes::Floats ratio = Lanes::Load(ratios + i);
+      const Lanes::Ints below = Lanes::Below(ratio);
+      Lanes::Floats limit = table.At(below);
+      if (kWindow) {
+        limit = Lanes::Add(limit, Lanes::Multiply(Lanes::LoadShort(neighbours.window + i), window_scale));
       }
+      if (kAcross) {
+        limit = Lanes::Add(limit, Lanes::Multiply(Lanes::Load(neighbours.across + i), across_scale));
+      }
+      codes[r] = Lanes::Raised(below, Lanes::Subtract(ratio, Lanes::Real(below)), Lanes::AtLeastZero(limit));
     }
+    Lanes::StoreBytes(codes, range.zero_point, y + begin);
   }
-  for (std::size_t r = 0; r < kRanks; ++r) {
-    std::memcpy(sums + r * sums_step, block[r], sizeof block[r]);
-  }
+  return whole;
 }
 
-void Mix(const std::int16_t* __restrict residual, std::size_t step, const std::int8_t* weights, std::size_t channels,
-         std::size_t rank, std::size_t count, float* __restrict sums, std::size_t sums_step) {
-  for (std::size_t p = 0; p < count; p += kPadding) {
-    std::size_t r = 0;
-    for (; r + 4 <= rank; r += 4) {
-      MixBlock<4>(residual + p, step, weights + r * channels, channels, sums + r * sums_step + p, sums_step);
-    }
-    for (; r < rank; ++r) {
-      MixBlock<1>(residual + p, step, weights + r * channels, channels, sums + r * sums_step + p, sums_step);
-    }
+template <Levels kLevels>
+std::size_t DecideWith(const float* __restrict ratios, std::size_t count, const CodeRange& range,
+                       const ChannelBorder& border, const Neighbours& neighbours, std::uint8_t* __restrict y) {
+  if (neighbours.window == nullptr) {
+    return DecideGroups<kLevels, false, true>(ratios, count, range, border, neighbours, y);
   }
+  return neighbours.across == nullptr
+             ? DecideGroups<kLevels, true, false>(ratios, count, range, border, neighbours, y)
+             : DecideGroups<kLevels, true, true>(ratios, count, range, border, neighbours, y);
 }
-
-void Limit(std::size_t count, float scale, float* __restrict sums) {
-  for (std::size_t i = 0; i < count; ++i) {
-    sums[i] = static_cast<float>(Rounded(Limited(sums[i] * scale, -127.0F, 127.0F)));
-  }
-}
-
-template <std::size_t kSize>
-inline void CombineBlock(const float* __restrict inner, std::size_t stride, const std::int8_t* weights,
-                         std::size_t rank, float* __restrict sums) {
-  float block[kSize] = {};
-  for (std::size_t r = 0; r < rank; ++r) {
-    const float weight = static_cast<float>(weights[r]);
-    const float* const from = inner + r * stride;
-    for (std::size_t k = 0; k < kSize; ++k) {
-      block[k] += weight * from[k];
-    }
-  }
-  std::memcpy(sums, block, sizeof block);
-}
-
-void Combine(const float* __restrict inner, std::size_t stride, const std::int8_t* weights, std::size_t rank,
-             std::size_t count, float* __restrict sums) {
-  std::size_t p = 0;
-  for (; p + kBlock <= count; p += kBlock) {
-    CombineBlock<kBlock>(inner + p, stride, weights, rank, sums + p);
-  }
-  for (; p < count; p += kPadding) {
-    CombineBlock<kPadding>(inner + p, stride, weights, rank, sums + p);
-  }
-}
-
-template <bool kTable, bool kWindow, bool kAcross>
-void DecideAs(const float* __restrict ratios, std::size_t count, const CodeRange& range, const ChannelBorder& border,
-              const Neighbours& neighbours, std::uint8_t* __restrict y) {
-  const std::int32_t zero_point = range.zero_point;
-  const std::int32_t first = zero_point - range.low;
-  const std::int16_t* __restrict const window = neighbours.window;
-  const float* __restrict const across = neighbours.across;
-  const float only = border.table[0];
-  const float window_scale = border.window_scale;
-  const float across_scale = border.across_scale;
-  const auto decide = [=](std::size_t i, float ratio, std::int32_t below, float limit) {
-    if (kWindow) {
-      limit += static_cast<float>(window[i]) * window_scale;
-    }
-    if (kAcross) {
-      limit += across[i] * across_scale;
-    }
-    return Code(ratio, below, limit, zero_point);
-  };
-  std::size_t i = 0;
-  for (; kTable && i + kGroup <= count; i += kGroup) {
-    std::int32_t index[kGroup];
-    float limit[kGroup];
-    for (std::size_t k = 0; k < kGroup; ++k) {
-      index[k] = Below(ratios[i + k]) + first;
-    }
-    LookUp(index, border, limit);
-    for (std::size_t k = 0; k < kGroup; ++k) {
-      y[i + k] = decide(i + k, ratios[i + k], index[k] - first, limit[k]);
-    }
-  }
-  for (; i < count; ++i) {
-    const std::int32_t below = Below(ratios[i]);
-    y[i] = decide(i, ratios[i], below, kTable ? border.table[below + first] : only);
-  }
-}
-
-template <bool kTable>
-void DecideWith(const float* __restrict ratios, std::size_t count, const CodeRange& range, const ChannelBorder& border,
-                const Neighbours& neighbours, std::uint8_t* __restrict y) {
-  if (neighbours.window != nullptr) {
-    if (neighbours.across != nullptr) {
-      DecideAs<kTable, true, true>(ratios, count, range, border, neighbours, y);
-    } else {
-      DecideAs<kTable, true, false>(ratios, count, range, border, neighbours, y);
-    }
-  } else if (neighbours.across != nullptr) {
-    DecideAs<kTable, false, true>(ratios, count, range, border, neighbours, y);
-  } else {
-    DecideAs<kTable, false, false>(ratios, count, range, border, neighbours, y);
-  }
-}
+#endif
 
 void Decide(const float* __restrict ratios, std::size_t count, const CodeRange& range, const ChannelBorder& border,
             const Neighbours& neighbours, std::uint8_t* __restrict y) {
-  if (border.levels == 1) {
-    DecideWith<false>(ratios, count, range, border, neighbours, y);
-  } else {
-    DecideWith<true>(ratios, count, range, border, neighbours, y);
+  const std::int32_t first = range.zero_point - range.low;
+  std::size_t i = 0;
+#if defined(POSTQUANT_LANES)
+  switch (LevelsOf(border)) {
+    case Levels::kOne:
+      i = DecideWith<Levels::kOne>(ratios, count, range, border, neighbours, y);
+      break;
+    case Levels::kFew:
+      i = DecideWith<Levels::kFew>(ratios, count, range, border, neighbours, y);
+      break;
+    case Levels::kMany:
+      i = DecideWith<Levels::kMany>(ratios, count, range, border, neighbours, y);
+      break;
+  }
+#endif
+  for (; i < count; ++i) {
+    const std::int32_t below = Below(ratios[i]);
+    float limit = border.table[border.levels == 1 ? 0 : below + first];
+    if (neighbours.window != nullptr) {
+      limit += static_cast<float>(neighbours.window[i]) * border.window_scale;
+    }
+    if (neighbours.across != nullptr) {
+      limit += neighbours.across[i] * border.across_scale;
+    }
+    y[i] = Code(ratios[i], below, limit, range.zero_point);
   }
 }
 

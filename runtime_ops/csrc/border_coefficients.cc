@@ -71,6 +71,19 @@ void CheckShapes(const Identity& identity, const BorderAttributes& attributes, c
   identity.ExpectShape(inputs[kBorderRightScale], kBorderRightScale, {channels});
 }
 
+// A matrix whose rows are filled up with a 0 to an even length.
+std::vector<std::int16_t> Paired(const Tensor& matrix, std::size_t rows, std::size_t columns) {
+  const auto* const from = matrix.As<std::int8_t>();
+  const std::size_t stride = quantize::Even(columns);
+  std::vector<std::int16_t> paired(rows * stride);
+  for (std::size_t row = 0; row < rows; ++row) {
+    for (std::size_t column = 0; column < columns; ++column) {
+      paired[row * stride + column] = from[row * columns + column];
+    }
+  }
+  return paired;
+}
+
 }  // namespace
 
 BorderAttributes::BorderAttributes(const NodeInfo& info) : channels(info.Int("channels", 1, kMostSize)) {
@@ -99,9 +112,9 @@ BorderCoefficients::BorderCoefficients(const Identity& identity, const BorderAtt
   columns = static_cast<std::size_t>(inputs[kBorderWindow].shape[2]);
   window_scale = inputs[kBorderWindowScale].As<float>();
   rank = static_cast<std::size_t>(inputs[kBorderLeft].shape[0]);
-  left = inputs[kBorderLeft].As<std::int8_t>();
+  left = Paired(inputs[kBorderLeft], rank, channels);
   left_scale = inputs[kBorderLeftScale].As<float>();
-  right = inputs[kBorderRight].As<std::int8_t>();
+  right = Paired(inputs[kBorderRight], channels, rank);
   right_scale = inputs[kBorderRightScale].As<float>();
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "node.h"
 #include "quantize_kernels.h"
@@ -32,7 +33,7 @@ struct BorderAttributes {
   std::int32_t qmax;
 };
 
-// Pointers into the inputs; valid as long as they are.
+// Holds pointers into the inputs; valid as long as they are.
 struct BorderCoefficients {
   // OperatorError if something does not fit.
   BorderCoefficients(const Identity& identity, const BorderAttributes& attributes, const Tensors& inputs);
@@ -51,9 +52,9 @@ struct BorderCoefficients {
   std::size_t columns;
   const float* window_scale;  // [channels]
   std::size_t rank;
-  const std::int8_t* left;  // [rank, channels]
+  std::vector<std::int16_t> left;  // [rank, Even(channels)]
   const float* left_scale;  // [rank]
-  const std::int8_t* right;  // [channels, rank]
+  std::vector<std::int16_t> right;  // [channels, Even(rank)]
   const float* right_scale;  // [channels]
   bool has_window;  // some coefficient is not 0
 };

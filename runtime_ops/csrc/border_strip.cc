@@ -12,10 +12,14 @@ std::size_t Padded(std::size_t count) {
   return (count + quantize::kPadding - 1) / quantize::kPadding * quantize::kPadding;
 }
 
-// Scratch memory of a strip, cut into arrays that start at multiples of 64 bytes.
+// Scratch memory of a strip, cut into arrays that start where a line of the cache does: a register that is read across
+// two of them costs two reads.
 class Scratch {
  public:
-  explicit Scratch(void* data) : next_(static_cast<unsigned char*>(data)) {}
+  static constexpr std::size_t kLine = 64;
+
+  explicit Scratch(void* data)
+      : next_(static_cast<unsigned char*>(data) + (kLine - reinterpret_cast<std::uintptr_t>(data) % kLine)) {}
 
   template <typename T>
   T* Take(std::size_t count) {
@@ -26,7 +30,7 @@ class Scratch {
 
   template <typename T>
   static std::size_t Bytes(std::size_t count) {
-    return (count * sizeof(T) + 63) / 64 * 64;
+    return (count * sizeof(T) + kLine - 1) / kLine * kLine;
   }
 
  private:
@@ -41,14 +45,15 @@ std::size_t PaddedPlane(const BorderCoefficients& coefficients, const StripPlan&
 std::size_t WideSums(const StripPlan& plan) { return Padded(plan.rows * plan.stride) + quantize::kPadding; }
 
 std::size_t ScratchBytes(const BorderCoefficients& coefficients, const StripPlan& plan) {
-  std::size_t bytes = plan.channels * (Scratch::Bytes<float>(plan.points) + Scratch::Bytes<std::int16_t>(plan.points));
+  std::size_t bytes = Scratch::kLine;
+  bytes += plan.channels * (Scratch::Bytes<float>(plan.points) + Scratch::Bytes<std::int16_t>(plan.points));
   if (coefficients.has_window) {
     bytes += Scratch::Bytes<std::int16_t>(PaddedPlane(coefficients, plan)) +
              Scratch::Bytes<std::int16_t>(WideSums(plan)) +
              Scratch::Bytes<std::int16_t>(plan.points);
   }
   if (plan.mixed) {
-    bytes += (coefficients.rank + 1) * Scratch::Bytes<float>(plan.points);
+    bytes += (quantize::Even(coefficients.rank) / 2 + 1) * Scratch::Bytes<float>(plan.points);
   }
   return bytes;
 }
@@ -90,7 +95,7 @@ StripPlan::StripPlan(const BorderCoefficients& coefficients, std::size_t image_h
       points(0),
       channels(mixed ? coefficients.channels : 1),
       scratch(0) {
-  const std::size_t row_bytes = channels * width * 6 + (coefficients.rank + 2) * stride * 4;
+  const std::size_t row_bytes = channels * width * 6 + (coefficients.rank / 2 + 2) * stride * 4;
   rows = std::clamp<std::size_t>(kStripBytes / row_bytes, 1, height);
   strips = (height + rows - 1) / rows;
   rows = (height + strips - 1) / strips;  // even strips
@@ -127,15 +132,12 @@ void QuantizeStrip(const BorderCoefficients& coefficients, const StripPlan& plan
     window = memory.Take<std::int16_t>(plan.points);
   }
   float* across = nullptr;
-  float* inner = nullptr;
+  std::int16_t* inner = nullptr;  // two of them take the room of a float
   if (plan.mixed) {
     across = memory.Take<float>(ratio_step);
-    inner = memory.Take<float>(coefficients.rank * ratio_step);
-    kernels.mix(residuals + own, residual_step, coefficients.left, coefficients.channels, coefficients.rank, count,
-                inner, ratio_step);
-    for (std::size_t r = 0; r < coefficients.rank; ++r) {
-      kernels.limit(count, coefficients.left_scale[r], inner + r * ratio_step);
-    }
+    inner = memory.Take<std::int16_t>(quantize::Even(coefficients.rank) * ratio_step);
+    kernels.mix(residuals + own, residual_step, coefficients.left.data(), coefficients.channels,
+                coefficients.left_scale, coefficients.rank, count, inner, 2 * ratio_step);
   }
   for (std::size_t c = 0; c < plan.channels; ++c) {
     const std::size_t index = channel + c;
@@ -145,8 +147,8 @@ void QuantizeStrip(const BorderCoefficients& coefficients, const StripPlan& plan
                 padded, wide, window);
     }
     if (across != nullptr) {
-      kernels.combine(inner, ratio_step, coefficients.right + index * coefficients.rank, coefficients.rank, count,
-                      across);
+      kernels.combine(inner, 2 * ratio_step, coefficients.right.data() + index * quantize::Even(coefficients.rank),
+                      coefficients.rank, count, across);
     }
     kernels.decide(ratios + c * ratio_step + own, count, coefficients.range, coefficients.Channel(index),
                    {window, across}, y + index * plane + begin * plan.width);

@@ -3,6 +3,7 @@
 #define POSTQUANT_CSRC_QUANTIZE_BODY_H_
 
 #include "adaptive_body.h"
+#include "border_across_body.h"
 #include "border_body.h"
 #include "quantize_kernels.h"
 
@@ -10,7 +11,7 @@ namespace postquant::quantize {
 namespace {
 
 constexpr Kernels kKernels = {PoolAnyFloat, PoolCodes, Quantize, Requantize, Border, Residual, SpreadRows,
-                              GatherRows,   Window,    Mix,      Limit,      Combine, Decide};
+                              GatherRows,   Window,    Mix,      Combine,    Decide};
 
 }  // namespace
 }  // namespace postquant::quantize

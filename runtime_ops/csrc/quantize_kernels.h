@@ -32,7 +32,7 @@ struct ChannelBorder {
   float across_scale;
 };
 
-// Sums of residuals around one row of outputs; null where there are none.
+// Sums of residuals around one row of outputs; null where there are none, which is one of them at most.
 struct Neighbours {
   const std::int16_t* window;
   const float* across;
@@ -41,6 +41,9 @@ struct Neighbours {
 // `window`, `mix`, `combine` and those that move rows work on whole groups of this many points: what they read and
 // write may reach less than a group beyond the last point. `spread_rows` writes nothing beyond its last row.
 constexpr std::size_t kPadding = 32;
+
+// Rows of weights across channels are filled up with zeros to this length.
+constexpr std::size_t Even(std::size_t count) { return (count + 1) / 2 * 2; }
 
 struct Kernels {
   // Adaptive*. `squares` and `largest` are computed if asked for.
@@ -66,13 +69,12 @@ struct Kernels {
   // sums[p] = sum over i < rows, j < columns of weights[i * columns + j] * residual[p + i * stride + j], p < count.
   void (*window)(const std::int16_t* residual, std::size_t stride, const std::int8_t* weights, std::size_t rows,
                  std::size_t columns, std::size_t count, std::int16_t* sums);
-  // sums[r * sums_step + p] = sum over c < channels of weights[r * channels + c] * residual[c * step + p], r < rank.
-  void (*mix)(const std::int16_t* residual, std::size_t step, const std::int8_t* weights, std::size_t channels,
-              std::size_t rank, std::size_t count, float* sums, std::size_t sums_step);
-  // sums[p] = clip(round_half_even(scale * sums[p]), -127, 127)
-  void (*limit)(std::size_t count, float scale, float* sums);
-  // sums[p] = sum over r of weights[r] * inner[r * stride + p]
-  void (*combine)(const float* inner, std::size_t stride, const std::int8_t* weights, std::size_t rank,
+  // t[r][p] = clip(round_half_even(scale[r] * sum over c < channels of weights[r][c] * residual[c * step + p]), -127, 127)
+  // for r < rank, in pairs: inner[r / 2 * inner_step + 2 * p + r % 2]. The last one of an odd rank has zeros beside it.
+  void (*mix)(const std::int16_t* residual, std::size_t step, const std::int16_t* weights, std::size_t channels,
+              const float* scale, std::size_t rank, std::size_t count, std::int16_t* inner, std::size_t inner_step);
+  // sums[p] = sum over r < rank of weights[r] * t[r][p]; rank > 0
+  void (*combine)(const std::int16_t* inner, std::size_t inner_step, const std::int16_t* weights, std::size_t rank,
                   std::size_t count, float* sums);
   void (*decide)(const float* ratio, std::size_t count, const CodeRange& range, const ChannelBorder& border,
                  const Neighbours& neighbours, std::uint8_t* y);

@@ -30,6 +30,11 @@ inline float Limited(float value, float low, float high) {
   return value < high ? value : high;
 }
 
+// A product with the reciprocal instead of the quotient is off by less than 3 * 2^-24 * 256 < kNear, once both are
+// limited to codes: decisions about numbers farther than that apart are the same.
+constexpr float kNear = 1e-4F;
+inline bool HasReciprocal(float scale) { return scale > 1e-37F && scale < 1e37F; }
+
 struct Limits {
   explicit Limits(const CodeRange& range)
       : low(static_cast<float>(range.low - range.zero_point)),

@@ -50,6 +50,30 @@ def border_nodes(nodes: Nodes) -> dict[str, Node]:
         made[f"{name}_across"] = nodes.border(rng, shape=shape, rank=3)
         made[f"{name}_both"] = nodes.border(rng, shape=shape, window=(5, 5), rank=2, zero_point=7, table=True)
     made["wide_codes"] = nodes.border(rng, window=(3, 3), zero_point=128, qmax=255, table=True)
+    for rank in (1, 8, 11, 13):
+        made[f"rank{rank}"] = nodes.border(rng, shape=(2, 6 + rank % 2, 9, 19), rank=rank)
+    return made | near_nodes(nodes, rng)
+
+
+def near_nodes(nodes: Nodes, rng: np.random.Generator) -> dict[str, Node]:
+    """Values next to borders and integers, where a product with a reciprocal is on the other side of them."""
+    made = {}
+    for name, (zero_point, qmin, qmax) in {"few": (0, 0, 15), "signed": (9, 2, 17), "many": (128, 0, 255)}.items():
+        for table in (False, True):
+            node = nodes.border(rng, shape=(1, 8, 1), zero_point=zero_point, qmin=qmin, qmax=qmax, table=table)
+            border = node.inputs["border"].copy()
+            border[4:] = np.array([[0], [1], [-0.25], [1e-5]], np.float32)  # divided all along
+            border[7, 1:] = 0.999995
+            scale = np.float32(np.exp(rng.uniform(-9, 9)))
+            whole = rng.integers(qmin - zero_point - 1, qmax - zero_point + 2, (8, 1001))
+            level = np.clip(whole + zero_point - qmin, 0, border.shape[1] - 1)
+            part = np.where(rng.random(whole.shape) < 0.6, np.take_along_axis(border, level, axis=1), 0)
+            x = ((whole + part.astype(np.float64)) * scale).astype(np.float32)
+            for _ in range(2):
+                beside = np.nextafter(x, rng.choice(np.array([-np.inf, np.inf], np.float32), x.shape))
+                x = np.where(rng.random(x.shape) < 0.7, beside, x)
+            x[:, ::50] = rng.choice(np.array([0, -0.0, 1e-45, -1e-45, 1e-39, -1e-39, 1e30, -1e30], np.float32), (8, 21))
+            made[f"near_{name}_{table}"] = node.changed(x=x[None], border=border, scale=np.asarray(scale))
     return made
 
 

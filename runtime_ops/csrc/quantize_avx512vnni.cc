@@ -1,4 +1,4 @@
-// The kernels of quantize_kernels.h for AVX-512 F, BW, DQ and VL.
+// The kernels of quantize_kernels.h for AVX-512 F, BW, DQ, VL and VNNI.
 #include "quantize_body.h"
 
 namespace postquant::quantize {

@@ -271,7 +271,7 @@ class EasyQuant:
         data = SiteData(site.layers, _quantizer(plan, site), limits)
         inputs = list(dict.fromkeys(layer.input for layer in site.layers))
         stride = max(self._prefix.samples // limits.sampled_samples, 1)
-        streams = self._prefix.stream(done, inputs, decided=before, later=later)
+        streams = self._prefix.stream(done, inputs, decided=before, kept=later)
         for index, (exact, quantized) in enumerate(streams):
             for layer in site.layers:
                 x = quantized[layer.input]

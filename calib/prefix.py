@@ -55,7 +55,8 @@ class Prefix:
         model: The simplified float model.
         source: Calibration data.
         folder: Existing folder for temporary files.
-        float_samples: How many samples, evenly spaced, go through the float network as well.
+        float_samples: How many samples, evenly spaced, go through the float network as well; all when None.
+        cut_bytes: How much of a sample a cut may hold, in bytes; where more crosses, the networks start further back.
         threads: Threads of onnxruntime.
     """
 
@@ -65,12 +66,14 @@ class Prefix:
         source: CalibrationSource,
         folder: pathlib.Path,
         *,
-        float_samples: int = 64,
+        float_samples: int | None = 64,
+        cut_bytes: int = _MAX_CUT_BYTES,
         threads: int = 1,
     ) -> None:
         self._model = model
         self._source = source
         self._folder = folder
+        self._cut_bytes = cut_bytes
         self._threads = threads
         self._float = _Side()
         self._quantized = _Side()
@@ -89,7 +92,8 @@ class Prefix:
         tensors: Sequence[str],
         *,
         decided: Iterable[str] | None = None,
-        later: Iterable[str] = (),
+        float_tensors: Sequence[str] = (),
+        kept: Iterable[str] = (),
     ) -> Iterator[tuple[Sample | None, Sample]]:
         """Tensors for each sample.
 
@@ -98,30 +102,36 @@ class Prefix:
             tensors: Values of the float model.
             decided: Tensors whose readers may still come but whose makers never run again: the next calls will
                 start behind them, provided that all samples were taken.
-            later: Tensors that the next calls will ask for; they may lie in front of ``decided``, where tensors share
-                a scale that is decided with the last of them.
+            float_tensors: Further values, of the float network only.
+            kept: Values that later calls will ask for although what reads them may lie in front of the start: where
+                tensors share a scale, it is decided with the last of them.
 
         Yields:
-            The float values and those behind the quantized prefix, before their own quantizer, by name.
+            The float values and those behind the quantized prefix, before their own quantizer, by name. A tensor whose
+            quantizer is decided and stands for a Relu or Clip exists behind that quantizer only.
         """
         quantized = emit(self._model, fit_biases(self._model, plan))
         plans = [(self._model, self._float), (quantized, self._quantized)]
         cuts: list[tuple[str, ...]] = [(), ()]
         if decided is not None:
-            names, asked = list(decided), list(later)
+            names, asked = list(decided), list(kept)
             cuts = [_frontier(model, names, side.start, asked) for model, side in plans]
             layers = _layers_behind(self._model, self._float.start, names)
             if layers < _MIN_LAYERS or not all(cuts):
                 cuts = [(), ()]
+        present = {value.name for node in quantized.graph for value in node.outputs}
+        present.update(value.name for value in quantized.graph.inputs)
+        found = {name: name if name in present else f"{name}_dequantized" for name in tensors}
+        wanted = ((*tensors, *float_tensors), tuple(found.values()))
         sessions = [
             make_session(
                 model,
                 inputs=side.start,
-                outputs=list(dict.fromkeys((*tensors, *cut))),
+                outputs=list(dict.fromkeys((*outputs, *cut))),
                 dtypes=_dtypes(model, side.start),
                 threads=self._threads,
             )
-            for (model, side), cut in zip(plans, cuts, strict=True)
+            for (model, side), cut, outputs in zip(plans, cuts, wanted, strict=True)
         ]
         self._number += 1
         files = [self._folder / f"{self._number}-{side}.cut" for side in ("float", "quantized")]
@@ -132,8 +142,8 @@ class Prefix:
         try:
             float_feeds = self._feeds(self._float, self._float_samples)
             for index, feeds in enumerate(self._feeds(self._quantized, None)):
-                wanted = index in self._float_samples
-                results = [sessions[0].run(next(float_feeds)) if wanted else None, sessions[1].run(feeds)]
+                both = index in self._float_samples
+                results = [sessions[0].run(next(float_feeds)) if both else None, sessions[1].run(feeds)]
                 if index == 0 and any(writers) and not self._fits(results, cuts):
                     for opened in filter(None, writers):
                         opened.close()
@@ -144,7 +154,7 @@ class Prefix:
                         pickle.dump([np.ascontiguousarray(result[name]) for name in cut], writer, protocol=5)
                 float_result, quantized_result = results
                 assert quantized_result is not None
-                yield float_result, quantized_result
+                yield float_result, {name: quantized_result[value] for name, value in found.items()}
         finally:
             for opened in filter(None, writers):
                 opened.close()
@@ -159,7 +169,7 @@ class Prefix:
     def _fits(self, results: Sequence[Sample | None], cuts: Sequence[tuple[str, ...]]) -> bool:
         sizes = [sum(r[name].nbytes for name in cut) if r else 0 for r, cut in zip(results, cuts, strict=True)]
         total = sizes[0] * len(self._float_samples) + sizes[1] * len(self._source)
-        return sum(sizes) <= _MAX_CUT_BYTES and total <= _MAX_SPOOL_BYTES
+        return sum(sizes) <= self._cut_bytes and total <= _MAX_SPOOL_BYTES
 
     def _feeds(self, side: _Side, wanted: frozenset[int] | None) -> Iterator[Sample]:
         """The samples at ``wanted`` (all when None) from where the side starts."""
@@ -189,9 +199,10 @@ def spaced(count: int, limit: int | None, *, between: bool = False) -> list[int]
 
 
 def _frontier(
-    model: ir.Model, tensors: Sequence[str], start: Sequence[str] | None, later: Sequence[str]
+def _frontier(
+    model: ir.Model, tensors: Sequence[str], start: Sequence[str] | None, kept: Sequence[str]
 ) -> tuple[str, ...]:
-    """Values that lie between the nodes that make ``tensors`` and the nodes still to come, or that are asked for later.
+    """Values that lie between the nodes that make ``tensors`` and the nodes still to come, and those of ``kept``.
 
     Codes cross the cut instead of the floats that DequantizeLinear makes of them.
     """
@@ -219,7 +230,8 @@ def _frontier(
     crossing: set[str] = set()
     wanted = [v for node in model.graph if node not in done and node not in old for v in node.inputs]
     wanted += [value for node in done for value in node.outputs if value.is_graph_output()]
-    wanted += [values.get(name) for name in later]
+    # A tensor that exists only behind its quantizer is asked for there.
+    wanted += [values.get(name) or values.get(f"{name}_dequantized") for name in kept]
     for value in _kept_for(wanted, done, old, begin):
         producer = value.producer()
         codes = producer.inputs[0] if producer is not None and producer.op_type == "DequantizeLinear" else None

@@ -1,12 +1,18 @@
-"""Gives memory back to the operating system: :func:`give_back_memory`, :func:`release_weights`."""
+"""What the C library does with memory that is free, and weights in files: :func:`give_back_memory` and others."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import onnx_ir as ir
+
+# glibc's mallopt: from which size on memory is mapped, and how much may be free at the end before it is given back.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+_NEVER = (1 << 31) - 1
+_DEFAULT = 128 << 10
 
 
 def give_back_memory() -> None:
@@ -31,6 +37,38 @@ def release_weights(model: ir.Model, names: Iterable[str] | None = None) -> None
         tensor = model.graph.initializers[name].const_value
         if isinstance(tensor, ir.ExternalTensor):
             tensor.release()
+
+
+@contextlib.contextmanager
+def hold_memory() -> Iterator[None]:
+    """Keeps what is freed for the next allocation.
+
+    glibc asks the system for every array of more than some hundred kilobytes, and gives it back at once; each time all
+    of its pages are cleared and mapped. For loops that make the same large arrays again and again that is a third of
+    the time. At the end everything free goes back.
+    """
+    option = _mallopt()
+    if option is None:
+        yield
+        return
+    option(_MMAP_THRESHOLD, _NEVER)
+    option(_TRIM_THRESHOLD, _NEVER)
+    try:
+        yield
+    finally:
+        option(_MMAP_THRESHOLD, _DEFAULT)
+        option(_TRIM_THRESHOLD, _DEFAULT)
+        give_back_memory()
+
+
+@functools.cache
+def _mallopt() -> Callable[[int, int], int] | None:
+    """glibc's ``mallopt``; None with another C library."""
+    try:
+        option: Callable[[int, int], int] = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return None
+    return option
 
 
 @functools.cache

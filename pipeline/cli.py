@@ -77,6 +77,7 @@ def quantize(
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder for model, plan and report.")],
     wbits: Annotated[str | None, option("wbits")] = None,
     abits: Annotated[str | None, option("abits")] = None,
+    budget: Annotated[str | None, option("budget")] = None,
     weights: Annotated[str | None, option("weights")] = None,
     method: Annotated[str | None, option("method")] = None,
     config: Annotated[
@@ -102,6 +103,10 @@ def quantize(
     smooth: Annotated[bool | None, option("smooth")] = None,
     bias_correction: Annotated[bool | None, option("bias_correction")] = None,
     border: Annotated[str | None, option("border")] = None,
+    learn: Annotated[bool | None, option("learn")] = None,
+    effort: Annotated[str | None, option("effort")] = None,
+    memory: Annotated[str | None, option("memory")] = None,
+    device: Annotated[str | None, option("device")] = None,
     simplify: Annotated[bool | None, option("simplify")] = None,
     weight_storage: Annotated[str | None, option("weight_storage")] = None,
     post_exact: Annotated[bool | None, option("post_exact")] = None,

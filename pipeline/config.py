@@ -15,9 +15,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from postquant.calib.image_preprocess import Channels, ImagePreprocess, Interpolation, Layout, Resize
+from postquant.calib.learn.recipe import Device, Effort
 from postquant.passes.target import WeightStorage
-from postquant.pipeline.settings import check_fields, choice, flag, integer, number, paths, record, records, text
+from postquant.pipeline.budget import EXAMPLES, Budget
+from postquant.pipeline.settings import (
+    byte_count,
+    check_fields,
+    choice,
+    flag,
+    formatted,
+    integer,
+    number,
+    paths,
+    record,
+    records,
+    text,
+)
 from postquant.runtime_ops.errors import ConfigError
+
+# Settings that change time and memory, never a result.
+_WITHOUT_EFFECT = frozenset({"threads", "memory"})
 
 
 class Method(enum.Enum):
@@ -145,6 +162,7 @@ class QuantConfig:
 
     wbits: int = integer("bits of the weights", default=8, low=2, high=8)
     abits: int = integer("bits of the inputs of Conv, ConvTranspose, Gemm and MatMul", default=8, low=2, high=8)
+    budget: str | None = formatted("choose the bits of every layer within it", EXAMPLES, Budget.read, none="none")
     weights: Weights = choice(Weights, "values of weights of 2 and 4 bits", default=Weights.AUTO)
     method: Method = choice(Method, "how scales are chosen", default=Method.EASYQUANT)
     target: str = text("a built-in target or the path of a target file", default="onnxruntime")
@@ -179,6 +197,10 @@ class QuantConfig:
     border: Border = choice(
         Border, "rounding borders, by an operator of ours, for activations of 4 and fewer bits", default=Border.AUTO
     )
+    learn: bool = flag("learn rounding, scales and biases block by block (needs torch)", default=False)
+    effort: Effort = choice(Effort, "time that learning may take", default=Effort.NORMAL)
+    memory: int = byte_count("activations that learning keeps in memory; more go to disk", default="2GiB")
+    device: Device = choice(Device, "where blocks are learned", default=Device.CPU)
     simplify: bool = flag("simplify the model with onnxsim first", default=True)
     weight_storage: WeightStorage | None = choice(
         WeightStorage, "container of weights of 4 and fewer bits", none="target"
@@ -216,6 +238,13 @@ class QuantConfig:
                 expected='weights = "post" or "auto"',
                 found=f'weights = "{self.weights.value}"',
             )
+        if self.budget is not None and (self.depthwise_bits is not None or self.first_last_bits not in (None, 8)):
+            raise ConfigError(
+                "with a budget the bits of these layers are chosen like those of all others",
+                where="first_last_bits, depthwise_bits",
+                expected="neither of them",
+                hint="[[override]] gives single layers a width",
+            )
         if self.weights in (Weights.POST, Weights.LUT) and self.method is not Method.EASYQUANT:
             raise ConfigError(
                 "code books of weights are searched by EasyQuant only",
@@ -245,11 +274,13 @@ class QuantConfig:
         return dataclasses.replace(self, **{name: value for name, value in options.items() if value is not None})
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON values, in a fixed order, without ``threads``, which never changes a result.
+        """The settings as JSON values, in a fixed order, without ``threads`` and ``memory``, which change no result.
 
         Paths are reduced to file names, so that equal runs in different folders give equal reports.
         """
-        result = {f.name: _json(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "threads"}
+        result = {
+            f.name: _json(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in _WITHOUT_EFFECT
+        }
         result["target"] = pathlib.PurePath(self.target).name
         result["custom_ops"] = [pathlib.PurePath(p).name for p in self.custom_ops]
         return result

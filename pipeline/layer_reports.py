@@ -24,6 +24,7 @@ def layer_reports(
     quality: Sequence[TensorQuality],
     gains: Mapping[str, Mapping[str, float]],
     books: Mapping[str, Mapping[str, float]],
+    sensitivity: Mapping[str, Mapping[str, float]],
 ) -> tuple[LayerReport, ...]:
     """One row per quantized Conv, ConvTranspose, Gemm and MatMul, in graph order.
 
@@ -33,6 +34,7 @@ def layer_reports(
         quality: Measured quality of stored tensors.
         gains: Node -> stage -> gain in dB.
         books: Node -> code book of the weight -> SQNR that it would give.
+        sensitivity: Node -> width -> SQNR of the outputs with this layer alone quantized.
     """
     measured = {item.name: item for item in quality}
     rows = []
@@ -64,6 +66,7 @@ def layer_reports(
                 gains=dict(gains.get(node.name, {})),
                 weights=None if weight is None else weight.spec.code_book.value,
                 code_books=dict(books.get(node.name, {})),
+                sensitivity=dict(sensitivity.get(node.name, {})),
             )
         )
     return tuple(rows)

@@ -31,6 +31,9 @@ class NullProgress:
     def advance(self, amount: float = 1.0) -> None:
         """A part of the current stage's work is done."""
 
+    def detail(self, text: str) -> None:
+        """Where the current stage is, in a few words; replaces what was said before."""
+
     def say(self, line: str) -> None:
         """One line worth reading: a resumed stage, a discarded checkpoint."""
 
@@ -49,6 +52,7 @@ class BarProgress(NullProgress):
         self._console = console
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._name = ""
         if console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description:<12}"),
@@ -61,6 +65,7 @@ class BarProgress(NullProgress):
 
     def stage(self, name: str, total: float | None = None) -> None:
         """Starts a new bar, or prints the name."""
+        self._name = name
         if self._bar is None:
             self._console.print(f"{name} ...", markup=False, highlight=False)
             return
@@ -74,6 +79,11 @@ class BarProgress(NullProgress):
         """Moves the bar."""
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task, amount)
+
+    def detail(self, text: str) -> None:
+        """Writes the text beside the name of the stage."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=f"{self._name} {text}")
 
     def say(self, line: str) -> None:
         """Prints the line above the bar."""

@@ -42,6 +42,8 @@ class LayerReport:
         weights: Which values the weight has: "int", "post" or "lut".
         code_books: What each of them would give, for weights of few bits: the SQNR of the layer's output in dB, by the
             weights alone; "... nearest" without compensated rounding.
+        sensitivity: SQNR of the network's outputs in dB with this layer alone quantized, by the width of its weight
+            ("w4") or of its input ("a4"); where bits were allocated.
     """
 
     node: str
@@ -57,6 +59,7 @@ class LayerReport:
     gains: Mapping[str, float] = dataclasses.field(default_factory=dict)
     weights: str | None = None
     code_books: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    sensitivity: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

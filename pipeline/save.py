@@ -80,6 +80,16 @@ def save_model(model: ir.Model, path: str | os.PathLike[str], *, external: bool 
         ) from error
 
 
+def model_bytes(model: ir.Model) -> int:
+    """How many bytes :func:`save_model` would write, padding between external tensors excepted; nothing is computed."""
+    proto, weights = to_skeleton(model)
+    size = len(proto.SerializeToString(deterministic=True))
+    for name, tensor in weights.items():
+        content = len(_header(tensor, name)) + _payload(tensor)
+        size += len(_INITIALIZER_TAG) + len(_varint(content)) + content
+    return size + len(_varint(size)) - 1
+
+
 @contextlib.contextmanager
 def _temporary(file: pathlib.Path) -> Iterator[tuple[BinaryIO, str]]:
     """A file beside ``file`` that is gone afterwards unless it was moved to its place."""

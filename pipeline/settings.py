@@ -12,6 +12,7 @@ import difflib
 import enum
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -213,6 +214,40 @@ def text(doc: str, *, default: Any = _MISSING, none: str | None = None) -> Any:
         raise BadValueError(shown(value))
 
     return _field(Setting(doc, "a string", convert, none), default)
+
+
+def formatted(doc: str, allowed: str, check: Callable[[str], object], *, none: str) -> Any:
+    """A string that ``check`` accepts: it raises ValueError otherwise."""
+
+    def convert(value: Any) -> str:
+        if isinstance(value, str):
+            try:
+                check(value)
+            except ValueError:
+                pass
+            else:
+                return value.strip()
+        raise BadValueError(shown(value))
+
+    return _field(Setting(doc, allowed, convert, none), _MISSING)
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+def byte_count(doc: str, *, default: str) -> Any:
+    """A number of bytes, with or without a unit ("500MB", "2GiB"); kept as a whole number."""
+
+    def convert(value: Any) -> int:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
+        if match is None or isinstance(value, bool) or match[2].upper() not in _UNITS:
+            raise BadValueError(shown(value))
+        count = int(float(match[1]) * _UNITS[match[2].upper()])
+        if count < 1:
+            raise BadValueError(shown(value))
+        return count
+
+    return _field(Setting(doc, 'a number of bytes like "500MB" or "2GiB"', convert), default)
 
 
 def choice(members: type[enum.Enum], doc: str, *, default: Any = _MISSING, none: str | None = None) -> Any:

@@ -22,6 +22,8 @@ class StageLog:
         notes: In order.
         layer_gains: Node name -> stage -> gain in dB of the layer's own output error.
         layer_books: Node name -> code book of the weight -> SQNR in dB that it would give the layer's output.
+        layer_noise: Node name -> width ("w4" of the weight, "a4" of the input) -> SQNR in dB of the network's outputs
+            with this layer alone quantized; where bits were allocated.
     """
 
     def __init__(self, progress: NullProgress) -> None:
@@ -29,6 +31,7 @@ class StageLog:
         self.notes: list[str] = []
         self.layer_gains: dict[str, dict[str, float]] = {}
         self.layer_books: dict[str, dict[str, float]] = {}
+        self.layer_noise: dict[str, dict[str, float]] = {}
         self._progress = progress
         self._mark = (0, 0)
 
@@ -67,6 +70,7 @@ class StageLog:
             "notes": self.notes[notes:],
             "gains": self.layer_gains,
             "books": self.layer_books,
+            "noise": self.layer_noise,
         }
 
     def resume(self, stage: str, data: Any) -> None:
@@ -76,5 +80,6 @@ class StageLog:
         self.notes[notes:] = data["notes"]
         self.layer_gains.update(data["gains"])
         self.layer_books.update(data.get("books", {}))
+        self.layer_noise.update(data.get("noise", {}))
         self._mark = (len(self.stages), len(self.notes))
         self._progress.say(f"resumed behind stage {stage!r}")

@@ -1,7 +1,7 @@
 """The way of the data, once, from top to bottom: :func:`run_pipeline`.
 
-    simplify -> align inputs -> smooth -> place -> equalize -> ranges -> scale search -> biases -> borders -> emit
-    -> verify
+    simplify -> align inputs -> smooth -> bits -> place -> equalize -> ranges -> scale search -> biases -> learn
+    -> borders -> emit -> verify
 
 A graph change is a pass on the model, a decision a function from plan to plan; the plan reaches the graph at *emit* and
 nowhere earlier. Techniques that may help or harm are kept only where the output error, measured on calibration samples
@@ -23,7 +23,6 @@ from postquant.calib.bias_correction import correct_biases
 from postquant.calib.easyquant import EasyQuant, sites_of
 from postquant.calib.effect_budget import affordable_effect
 from postquant.calib.equalization import equalizations
-from postquant.calib.input_grid import find_grids
 from postquant.calib.input_means import input_means
 from postquant.calib.prefix import Prefix, spaced
 from postquant.calib.ranges import (
@@ -33,33 +32,31 @@ from postquant.calib.ranges import (
     method_ranges,
     places_of,
 )
+from postquant.calib.sensitivity import Sensitivity
 from postquant.calib.site_data import WorkLimits
-from postquant.calib.smoothing import kept_factors, measure_smoothing
 from postquant.calib.source import CalibrationSource, SubsetSource
 from postquant.calib.trial import Trial, keep_better
 from postquant.calib.weight_search import Objective as SearchObjective
 from postquant.calib.weight_search import SearchOptions
 from postquant.calib.weight_start import start_weights
-from postquant.passes.align_input import AlignInputPass, with_exact_inputs
 from postquant.passes.biases import fit_biases
 from postquant.passes.emit import INT4_OPSET, emit
 from postquant.passes.equalize import EqualizePass
-from postquant.passes.input_levels import InputGrid
 from postquant.passes.opset import opset_of
-from postquant.passes.place import place
 from postquant.passes.plan import QuantPlan
-from postquant.passes.smooth import SmoothPass, smooth_groups
-from postquant.passes.spill import settle_lazy_tensors
 from postquant.passes.target import WeightStorage
+from postquant.pipeline.alignment import align_and_smooth
+from postquant.pipeline.allocation import Chosen, choose_bits, decide_bits, study
 from postquant.pipeline.borders import decide_borders
+from postquant.pipeline.budget import Budget, BudgetKind
 from postquant.pipeline.concats import decide_concats
 from postquant.pipeline.config import Method, QuantConfig
 from postquant.pipeline.input_readers import decide_input_readers
 from postquant.pipeline.job import Job, Outcome
 from postquant.pipeline.layer_reports import exact_post_note, float_reports, layer_reports, packing_note
+from postquant.pipeline.learning import check_learning, learn
 from postquant.pipeline.methods import code_books, range_method
 from postquant.pipeline.parts import keep_parts
-from postquant.pipeline.placement import placement_settings
 from postquant.pipeline.prepare import Prepared, prepare
 from postquant.pipeline.stage_log import StageLog
 from postquant.pipeline.verify import verify_model
@@ -91,6 +88,7 @@ def run_pipeline(job: Job) -> Outcome:
     # BLAS and onnxruntime split sums by their number of threads and then round differently: threads are over samples
     # (docs/design-notes.md).
     with threadpoolctl.threadpool_limits(1, user_api="blas"), tempfile.TemporaryDirectory(prefix="postquant.") as temp:
+        check_learning(job)
         folder = pathlib.Path(temp)
         threads = job.config.threads or min(os.cpu_count() or 1, _MOST_THREADS)
         log = StageLog(job.progress)
@@ -100,6 +98,7 @@ def run_pipeline(job: Job) -> Outcome:
         fixed = _decided(plan)
         plan = _decide_ranges(job, model, plan, log, threads)
         plan = _search_scales(job, reference, model, plan, log, folder, threads, fixed=fixed)
+        plan = learn(job, reference, model, plan, log, folder, threads=threads)
         plan = decide_borders(job, reference, model, plan, log, threads=threads)
         job.progress.stage("emit")
         plan = fit_biases(model, plan)
@@ -107,6 +106,19 @@ def run_pipeline(job: Job) -> Outcome:
         notes = (packing_note(model, plan, emitted), exact_post_note(model, plan, emitted, job.config))
         log.note(*(note for note in notes if note is not None))
         return _verify(job, prepared, model, plan, emitted, log)
+
+
+def study_bits(job: Job) -> tuple[Sensitivity, Chosen | None]:
+    """What the bits of each layer do to the outputs, and what would be chosen within the budget, if there is one."""
+    with threadpoolctl.threadpool_limits(1, user_api="blas"), tempfile.TemporaryDirectory(prefix="postquant.") as temp:
+        folder, log = pathlib.Path(temp), StageLog(job.progress)
+        threads = job.config.threads or min(os.cpu_count() or 1, _MOST_THREADS)
+        reference = _simplify(job, log, folder).model
+        model, placed = align_and_smooth(job, reference, log, folder)
+        budget = None if job.config.budget is None else Budget.read(job.config.budget)
+        inputs = budget is None or budget.kind is BudgetKind.BITOPS
+        found = study(job, reference, model, placed, inputs=inputs, threads=threads)
+        return found, None if budget is None else choose_bits(job, model, placed, found, budget)
 
 
 def _simplify(job: Job, log: StageLog, folder: pathlib.Path) -> Prepared:
@@ -150,36 +162,10 @@ def _check_storage(job: Job, model: ir.Model) -> None:
 def _change_graph(
     job: Job, reference: ir.Model, log: StageLog, folder: pathlib.Path, threads: int
 ) -> tuple[ir.Model, QuantPlan]:
-    """Changes that leave the float outputs equal and make the tensors easier to quantize; and placement."""
-    config, source = job.config, job.source
-    model = reference.clone()
-    grids: dict[str, InputGrid] = {}
-    if _wanted(config, config.align_input):
-        job.progress.stage("align inputs")
-        names = [value.name for value in model.graph.inputs if value.name and value.dtype == ir.DataType.FLOAT]
-        grids = find_grids(source, names)
-        aligned = AlignInputPass(grids)
-        aligned(model)
-        log.note(*aligned.notes)
-    if _wanted(config, config.smooth):
-        groups = smooth_groups(model)
-        if groups:
-            job.progress.stage("smooth")
-            choices = measure_smoothing(
-                model,
-                source,
-                groups,
-                abits=config.abits,
-                wbits=config.wbits,
-                symmetric=job.target.activations.symmetric,
-            )
-            factors = kept_factors(choices)
-            SmoothPass(factors)(model)
-            settle_lazy_tensors(model, folder)
-            log.add("smooth", f"{len(factors)} of {len(groups)} groups of MatMul inputs", kept=bool(factors))
-    plan = place(model, job.target, placement_settings(config))
+    """Changes that leave the float outputs equal and make the tensors easier to quantize; bits and placement."""
+    model, placed = align_and_smooth(job, reference, log, folder)
+    plan = placed(decide_bits(job, reference, model, placed, log, threads=threads))
     log.note(*plan.notes)
-    plan = with_exact_inputs(plan, model, grids)
     exact = _decided(plan)
     if exact:
         log.add("align inputs", f"quantized without loss: {', '.join(sorted(exact))}")
@@ -190,7 +176,7 @@ def _equalize(job: Job, reference: ir.Model, model: ir.Model, plan: QuantPlan, l
     """Per-channel scales between layers: those that are free, and the others, each kept only where it helps."""
     config = job.config
     free, cross = _wanted(config, config.equalize), _wanted(config, config.cross_layer)
-    if config.cross_layer is None and min(config.wbits, config.abits) == 8:
+    if config.cross_layer is None and config.budget is None and min(config.wbits, config.abits) == 8:
         # Channels that calibration saw little of get large factors and clip on new data: at 8 bits that costs more than
         # it gains, and calibration samples do not show it (docs/easyquant.md).
         cross = False
@@ -325,7 +311,7 @@ def _verify(
         log.add("verify", "onnxruntime against the plan", sqnr_db=output.sqnr_db)
     report = dataclasses.replace(
         job.report,
-        layers=layer_reports(model, plan, verification.quality, log.layer_gains, log.layer_books),
+        layers=layer_reports(model, plan, verification.quality, log.layer_gains, log.layer_books, log.layer_noise),
         outputs=verification.outputs,
         floats=float_reports(model, plan),
         stages=tuple(log.stages),

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from postquant.calib.input_spec import input_specs
 from postquant.calib.open_source import open_source
 from postquant.calib.prefix import Prefix
+from postquant.calib.source import CalibrationSource
 from postquant.passes.emit import emit
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import make_session
@@ -34,13 +35,17 @@ m (float[N,2,5,5] x) => (float[N,2,5,5] y) {
 }"""
 
 
-def test_a_tensor_behind_the_cut_that_a_later_layer_still_reads(tmp_path: pathlib.Path) -> None:
+def network() -> tuple[ir.Model, CalibrationSource]:
     rng = np.random.default_rng(0)
     proto = onnx.parser.parse_model(NETWORK)
     for name, shape in (("w", (2, 2, 1, 1)), ("b", (2,))):
         proto.graph.initializer.append(onnx.numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name))
     model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
-    source = open_source(rng.normal(size=(5, 2, 5, 5)).astype(np.float32), input_specs(model))
+    return model, open_source(rng.normal(size=(5, 2, 5, 5)).astype(np.float32), input_specs(model))
+
+
+def test_a_tensor_behind_the_cut_that_a_later_layer_still_reads(tmp_path: pathlib.Path) -> None:
+    model, source = network()
     quantizer = TensorQuantizer.from_range(QuantSpec(8, False, False), -6.0, 6.0)
     order = ["x", "s", "t1", "t2", "t3", "t4", "t5", "u", "v"]
     prefix = Prefix(model, source, tmp_path)
@@ -71,8 +76,32 @@ def test_a_tensor_in_front_of_the_cut_that_is_asked_for_later(tmp_path: pathlib.
     prefix = Prefix(model, source, tmp_path)
     for position, tensor in enumerate(asked):
         plan = QuantPlan("", activations=dict.fromkeys(decided[: position + 1], quantizer))
-        streams = prefix.stream(plan, [tensor], decided=decided[: position + 1], later=asked[position + 1 :])
+        streams = prefix.stream(plan, [tensor], decided=decided[: position + 1], kept=asked[position + 1 :])
         exact = make_session(model, outputs=[tensor])
         for sample, (found, _) in zip(source, streams, strict=True):
             assert found is not None
             np.testing.assert_allclose(found[tensor], exact.run(sample)[tensor], rtol=1e-5, atol=1e-6)
+
+
+def test_values_that_nothing_behind_the_cut_reads_are_kept_on_demand(tmp_path: pathlib.Path) -> None:
+    model, source = network()
+    quantizer = TensorQuantizer.from_range(QuantSpec(8, False, False), -6.0, 6.0)
+    decided = ["x", "s", "t1", "t2", "t3", "t4"]
+    plan = QuantPlan("", activations=dict.fromkeys(decided, quantizer))
+    prefix = Prefix(model, source, tmp_path, float_samples=None)
+    # The first pass makes the cut behind t4; t1 lies in front of it.
+    for found, quantized in prefix.stream(plan, ["t5"], decided=decided, kept=["t1"], float_tensors=["t2"]):
+        assert found is not None
+        assert set(found) >= {"t5", "t2"}
+        assert set(quantized) == {"t5"}
+    streamed = list(prefix.stream(plan, ["t1", "s"], float_tensors=["y"], decided=None))
+    whole = make_session(emit(model, plan), outputs=["t1", "s_dequantized"])
+    exact = make_session(model, outputs=["t1", "y"])
+    for sample, (found, quantized) in zip(source, streamed, strict=True):
+        assert found is not None
+        for name, wanted in exact.run(sample).items():
+            np.testing.assert_allclose(found[name], wanted, rtol=1e-5, atol=1e-5)
+        expected = whole.run(sample)
+        np.testing.assert_allclose(quantized["t1"], expected["t1"], rtol=1e-5, atol=1e-5)
+        # The quantizer of s stands for its Relu: there is no tensor in front of it.
+        np.testing.assert_allclose(quantized["s"], expected["s_dequantized"], rtol=1e-5, atol=1e-5)

@@ -61,6 +61,10 @@ def test_every_key_can_be_read_from_a_file(tmp_path: pathlib.Path) -> None:
         smooth = false
         bias_correction = false
         border = "on"
+        learn = true
+        effort = "fast"
+        memory = "500MB"
+        device = "cuda"
         simplify = false
         weight_storage = "int4"
         post_exact = false
@@ -85,6 +89,7 @@ def test_every_key_can_be_read_from_a_file(tmp_path: pathlib.Path) -> None:
     config = _read(tmp_path, content)
     assert set(tomllib.loads(content)) == {field.name for field in dataclasses.fields(QuantConfig)}
     assert config.first_last_bits is None
+    assert config.memory == 500_000_000
     assert config.beta == 3.0
     assert isinstance(config.beta, float)
     assert config.custom_ops == (str(tmp_path / "lib.so"),)

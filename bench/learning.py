@@ -1,0 +1,74 @@
+"""Steps per second of learning, block by block, and what a step costs beside convolutions.
+
+    python bench/learning.py MODEL.onnx DATA.npz [--wbits 2] [--abits 2] [--steps 50]
+
+Ranges are min-max and weights keep their largest magnitude: how long a step takes does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import tempfile
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from postquant.calib.learn.block_cache import BlockCache
+from postquant.calib.learn.learner import LearnedBlock, Learner
+from postquant.calib.learn.recipe import Effort, recipe_for
+from postquant.calib.observers import MinMax
+from postquant.calib.ranges import method_ranges
+from postquant.calib.source import SubsetSource
+from postquant.calib.weight_start import start_weights
+from postquant.calib.work import forward_work
+from postquant.passes.place import PlacementSettings, place
+from postquant.passes.plan import QuantPlan
+from postquant.passes.target import load_target
+from postquant.pipeline.config import QuantConfig
+from postquant.pipeline.inputs import open_calibration
+from postquant.pipeline.learning import learning_blocks
+from postquant.pipeline.load import load_model
+from postquant.pipeline.prepare import prepare
+
+_SAMPLES = 64
+_CONVOLUTION = ("convolution", "addmm", "aten::mm", "aten::bmm")
+
+
+def main() -> None:
+    """Prints a line per block, and the share of convolutions and matrix products in all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=pathlib.Path)
+    parser.add_argument("data")
+    parser.add_argument("--wbits", type=int, default=2)
+    parser.add_argument("--abits", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=50)
+    arguments = parser.parse_args()
+    loaded = load_model(arguments.model)
+    whole = open_calibration(arguments.data, loaded, QuantConfig())
+    source = SubsetSource(whole, range(min(len(whole), _SAMPLES)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder)
+        model = prepare(loaded, list(source.read([0])), opset=17, simplify=True, custom_ops=(), folder=path).model
+        plan = place(model, load_target("onnxruntime"), PlacementSettings(wbits=arguments.wbits, abits=arguments.abits))
+        plan = start_weights(model, method_ranges(model, plan, source, MinMax()).plan)
+        blocks = learning_blocks(model, plan)
+        recipe = dataclasses.replace(recipe_for(Effort.FAST, forward_work(model, source)), iterations=arguments.steps)
+        cache = BlockCache(model, blocks, source, path, memory=2 << 30)
+        learner = Learner(model, blocks, cache, recipe, seed=0, device=torch.device("cpu"))
+
+        def told(plan: QuantPlan, block: LearnedBlock) -> None:
+            rate = f"{block.iterations / block.seconds:7.1f} steps/s" if block.iterations else block.reason
+            print(f"{block.name:40} {len(block.layers):3} layers  {rate}")
+
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            learner.run(plan, done=[], save=told, progress=lambda block, iteration, loss: None)
+    events = profiled.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    heavy = sum(event.self_cpu_time_total for event in events if any(name in event.key for name in _CONVOLUTION))
+    print(f"convolutions and matrix products: {heavy / total:.0%} of torch's time, batches of {recipe.batch}")
+
+
+if __name__ == "__main__":
+    main()

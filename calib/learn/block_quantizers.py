@@ -1,0 +1,280 @@
+"""Everything that is learned in one block, and how the block computes with it: :class:`BlockQuantizers`.
+
+The executor asks for every input that a node reads; the answers here are those of the emitted graph: a stored tensor
+comes behind its quantizer, a requantized input behind two, weights and biases as their codes stand for. The block that
+first reads a stored tensor learns its step; later readers, in this block or others, find it decided. Steps of 8 bits
+and more stay as they are: their error is far below what is learned here. While it learns, the block leaves them out
+altogether, because they would cost as much time as the ones that matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from postquant.calib.learn.quantizers import (
+    ActivationQuantizer,
+    DropMasks,
+    LearnedBias,
+    fake_quantize,
+)
+from postquant.calib.learn.read_keys import integer_nodes, keys_read, stored_key
+from postquant.calib.learn.recipe import Rounding
+from postquant.calib.learn.weights import WeightQuantizer, weight_quantizer
+from postquant.passes import semantics
+from postquant.passes.plan import QuantPlan
+from postquant.runtime_ops.law_border import border_quantize
+from postquant.runtime_ops.quantizer import TensorQuantizer
+
+Tensor = torch.Tensor
+# Activation steps of fewer bits are learned.
+FIXED_BITS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """A weighted node with a quantized weight.
+
+    Attributes:
+        node: The node.
+        weight: Name of the weight.
+        bias: Name of the bias that is learned, or None.
+        input_key: ``int_biases``' key of the input's quantizer where the bias is emitted as int32, or None.
+    """
+
+    node: ir.Node
+    weight: str
+    bias: str | None
+    input_key: str | None
+
+
+class BlockQuantizers:
+    """The learned quantizers of one block.
+
+    Args:
+        model: The simplified float model.
+        plan: The plan; every entry has its numbers.
+        nodes: The block's nodes.
+        decided: Keys of quantizers that nodes in front of the block read through as well.
+        rounding: How codes of weights are learned.
+        device: Where it is learned.
+
+    Attributes:
+        weights: Weight name -> what is learned of it.
+        biases: Bias name -> what is learned of it.
+        steps: Key ("tensor" or "node:input") -> activation quantizer that is learned.
+        requants: Keys of all quantizers that belong to one input of one node.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        plan: QuantPlan,
+        nodes: Sequence[ir.Node],
+        decided: frozenset[str],
+        rounding: Rounding,
+        device: torch.device,
+    ) -> None:
+        self._plan = plan
+        self._device = device
+        self.requants = plan.requants
+        self._integer = integer_nodes(model, plan)
+        self._layers = [layer for node in nodes if (layer := _layer(node, plan)) is not None]
+        self._fixed: dict[str, Tensor] = {}
+        self.weights: dict[str, WeightQuantizer] = {}
+        self.biases: dict[str, LearnedBias] = {}
+        self.steps: dict[str, ActivationQuantizer] = {}
+        self._layer_of_bias: dict[str, _Layer] = {}
+        for layer in self._layers:
+            quantizer = plan.weights[layer.weight]
+            assert isinstance(quantizer, TensorQuantizer)
+            self.weights[layer.weight] = weight_quantizer(rounding, _array(model, layer.weight), quantizer, device)
+            if layer.bias is not None:
+                values = plan.biases.get(layer.bias)
+                self.biases[layer.bias] = LearnedBias(_array(model, layer.bias) if values is None else values, device)
+                self._layer_of_bias[layer.bias] = layer
+        for key in keys_read(model, nodes, plan):
+            entry = plan.requants.get(key) or plan.activations.get(key)
+            assert isinstance(entry, TensorQuantizer)
+            if key not in decided and entry.spec.bits < FIXED_BITS and entry.border is None:
+                self.steps[key] = ActivationQuantizer(entry, device)
+        self._prepare_fixed(model, nodes)
+
+    def _prepare_fixed(self, model: ir.Model, nodes: Sequence[ir.Node]) -> None:
+        """Constants of the unlearned plan, for comparison."""
+        for layer in self._layers:
+            quantizer = self._plan.weights[layer.weight]
+            assert isinstance(quantizer, TensorQuantizer)
+            simulated = quantizer.simulate(_array(model, layer.weight))
+            self._fixed[layer.weight] = torch.as_tensor(simulated, device=self._device)
+        for node in nodes:
+            for value in node.inputs:
+                name = None if value is None else value.name
+                if name and value is not None and semantics.is_constant(value) and name not in self._fixed:
+                    entry, corrected = self._plan.weights.get(name), self._plan.biases.get(name)
+                    if isinstance(entry, TensorQuantizer):
+                        self._fixed[name] = torch.as_tensor(entry.simulate(_array(model, name)), device=self._device)
+                    elif corrected is not None:
+                        self._fixed[name] = torch.as_tensor(np.array(corrected), device=self._device)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether a weight or a step that is learned has fewer than 8 bits."""
+        entries = [self._plan.weights[name] for name in self.weights]
+        return bool(self.steps) or any(
+            isinstance(entry, TensorQuantizer) and entry.spec.bits < FIXED_BITS for entry in entries
+        )
+
+    def reader(self, *, masks: DropMasks | None = None, hard: bool = False, all_steps: bool = False) -> Reader:
+        """Answers the executor with what is learned.
+
+        Args:
+            masks: Leaves activations out at random; None quantizes all.
+            hard: Whether weights are rounded.
+            all_steps: Whether fixed steps of 8 bits and more are applied as well.
+        """
+        return Reader(self, masks=masks, hard=hard, all_steps=all_steps, learned=True)
+
+    def unlearned(self) -> Reader:
+        """Answers the executor with the plan as it was."""
+        return Reader(self, masks=None, hard=True, all_steps=True, learned=False)
+
+    def to_plan(self, plan: QuantPlan) -> QuantPlan:
+        """The plan with everything that was learned."""
+        weights = {name: weight.learned() for name, weight in self.weights.items()}
+        steps = {key: step.learned() for key, step in self.steps.items()}
+        return dataclasses.replace(
+            plan,
+            weights={**plan.weights, **weights},
+            biases={**plan.biases, **{name: bias.learned() for name, bias in self.biases.items()}},
+            activations={**plan.activations, **{k: q for k, q in steps.items() if k in plan.activations}},
+            requants={**plan.requants, **{k: q for k, q in steps.items() if k in plan.requants}},
+        )
+
+    # -- what the reader asks for --------------------------------------------------------------------------------
+
+    def constant(self, name: str, *, hard: bool, learned: bool) -> Tensor | None:
+        """A weight or bias as the block computes with it; None where the model's own value stands."""
+        if learned and name in self.weights:
+            return self.weights[name].simulate(hard=hard)
+        if learned and name in self.biases:
+            return self.biases[name].simulate(self._bias_step(name, learned=True))
+        fixed = self._fixed.get(name)
+        if name not in self.biases:
+            return fixed
+        values = self.biases[name].start if fixed is None else fixed
+        step = self._bias_step(name, learned=False)
+        return values if step is None else (values / step).round() * step
+
+    def _bias_step(self, name: str, *, learned: bool) -> Tensor | None:
+        layer = self._layer_of_bias[name]
+        if layer.input_key is None:
+            return None
+        weight = self._plan.weights[layer.weight]
+        assert isinstance(weight, TensorQuantizer)
+        scale = torch.as_tensor(weight.scale, device=self._device)
+        source = self._scale_of(layer.input_key, learned=learned)
+        if learned:
+            scale = self.weights[layer.weight].scale.value().detach()
+        if source is None:
+            return None
+        gain = 1.0
+        if layer.node.op_type == "Gemm":
+            # The bias is read before beta is applied.
+            beta = float(semantics.attribute(layer.node, "beta", 1.0))
+            gain = float(semantics.attribute(layer.node, "alpha", 1.0)) / (beta if beta else 1.0)
+        return scale * source * gain
+
+    def _scale_of(self, key: str, *, learned: bool) -> Tensor | None:
+        step = self.steps.get(key) or self.steps.get(self._plan.shared.get(key, key))
+        if learned and step is not None:
+            return step.scale.value().detach()
+        quantizer = self._plan.input_quantizer(key)
+        return None if quantizer is None else torch.as_tensor(quantizer.scale, device=self._device)
+
+    def stored(self, node: ir.Node, value: ir.Value) -> str | None:
+        """Key of the quantizer behind which a node reads a value, or None where it reads the float."""
+        return stored_key(node, value, self._plan, self._integer)
+
+    def quantize(self, key: str, x: Tensor, *, masks: DropMasks | None, all_steps: bool, learned: bool) -> Tensor:
+        """``x`` behind one quantizer of the plan."""
+        step = self.steps.get(key)
+        if step is not None and learned:
+            return step.simulate(x, masks)
+        entry = self._plan.requants.get(key) or self._plan.activations.get(key)
+        assert isinstance(entry, TensorQuantizer)
+        if entry.border is not None:
+            codes = border_quantize(
+                x.detach().cpu().numpy(),
+                entry.border.law(entry.scale, entry.zero_point, entry.spec.qmin, entry.spec.qmax),
+            )
+            return torch.as_tensor(entry.dequantize(codes), device=x.device)
+        if entry.spec.bits >= FIXED_BITS and not all_steps:
+            return x
+        point = int(entry.zero_point)
+        scale = torch.as_tensor(entry.scale, device=x.device)
+        mask = None if masks is None else masks.like(x)
+        return fake_quantize(x, scale, entry.spec.qmin - point, entry.spec.qmax - point, mask)
+
+
+class Reader:
+    """The executor's ``read``: one object for one run through the block."""
+
+    def __init__(
+        self, owner: BlockQuantizers, *, masks: DropMasks | None, hard: bool, all_steps: bool, learned: bool
+    ) -> None:
+        self._owner = owner
+        self._masks = masks
+        self._hard = hard
+        self._all_steps = all_steps
+        self._learned = learned
+        self._stored: dict[tuple[str, str], Tensor] = {}
+
+    def forget(self) -> None:
+        """Another run through the block begins."""
+        self._stored.clear()
+
+    def __call__(self, node: ir.Node, index: int, name: str, tensor: Tensor) -> Tensor:
+        """What the node computes with in place of ``tensor``."""
+        value = node.inputs[index]
+        assert value is not None
+        if semantics.is_constant(value):
+            constant = self._owner.constant(name, hard=self._hard, learned=self._learned)
+            return tensor if constant is None else constant
+        key = self._owner.stored(node, value)
+        if key is not None:
+            # All readers of a value see the same codes.
+            if (name, key) not in self._stored:
+                self._stored[name, key] = self._quantize(key, tensor)
+            tensor = self._stored[name, key]
+        own = f"{node.name}:{index}"
+        return self._quantize(own, tensor) if own in self._owner.requants else tensor
+
+    def _quantize(self, key: str, x: Tensor) -> Tensor:
+        return self._owner.quantize(key, x, masks=self._masks, all_steps=self._all_steps, learned=self._learned)
+
+
+def _layer(node: ir.Node, plan: QuantPlan) -> _Layer | None:
+    if semantics.weight_index(node) != 1:
+        return None
+    weight = node.inputs[1]
+    assert weight is not None
+    if not isinstance(plan.weights.get(weight.name or ""), TensorQuantizer):
+        return None
+    bias = semantics.bias_of(node)
+    key = None
+    if bias is not None:
+        known = plan.int_biases.get(bias.name or "")
+        key = None if known is None else known[0]
+    return _Layer(node, weight.name or "", None if bias is None else bias.name, key)
+
+
+def _array(model: ir.Model, name: str) -> npt.NDArray[np.float32]:
+    tensor = model.graph.initializers[name].const_value
+    assert tensor is not None
+    return tensor.numpy().astype(np.float32, copy=False)

@@ -1,0 +1,173 @@
+"""Learns a whole network, block after block: :class:`Learner`.
+
+Blocks are visited from the inputs to the outputs. Each sees the inputs that the already learned part of the network
+gives, and aims at its float output. What a block may learn is what no node in front of it reads: its weights and
+biases, and the steps of the activations that it is the first to read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import onnx_ir as ir
+import torch
+
+from postquant.calib.learn.block_cache import BlockCache
+from postquant.calib.learn.block_quantizers import FIXED_BITS, BlockQuantizers
+from postquant.calib.learn.executor import supported
+from postquant.calib.learn.read_keys import keys_read
+from postquant.calib.learn.recipe import Recipe
+from postquant.calib.learn.reconstruct import BlockDiffersError, reconstruct
+from postquant.passes.blocks import Block
+from postquant.passes.free_memory import hold_memory
+from postquant.passes.plan import QuantPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedBlock:
+    """What happened to one block.
+
+    Attributes:
+        name: Name of its output.
+        layers: Names of its quantized layers.
+        kept: Whether the plan has what was learned.
+        reason: Why nothing was learned or kept, or None.
+        before: SQNR of the block's output in dB, on samples that were not learned from, as it was; None where nothing
+            was measured.
+        after: The same as learned.
+        iterations: Steps of the optimizer.
+        seconds: Time.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    kept: bool
+    reason: str | None = None
+    before: float | None = None
+    after: float | None = None
+    iterations: int = 0
+    seconds: float = 0.0
+
+
+class Learner:
+    """Learns the blocks of one model.
+
+    Args:
+        model: The simplified float model.
+        blocks: In the order in which they are learned.
+        cache: Gives each block's inputs and targets.
+        recipe: How blocks are learned.
+        seed: Of everything random.
+        device: Where.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        blocks: Sequence[Block],
+        cache: BlockCache,
+        recipe: Recipe,
+        *,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._nodes = {node.name: node for node in model.graph}
+        self._place = {node.name: index for index, node in enumerate(model.graph)}
+        self._model = model
+        self._blocks = blocks
+        self._cache = cache
+        self._recipe = recipe
+        self._seed = seed
+        self._device = device
+
+    def run(
+        self,
+        plan: QuantPlan,
+        *,
+        done: Sequence[LearnedBlock],
+        save: Callable[[QuantPlan, LearnedBlock], None],
+        progress: Callable[[Block, int, float], None],
+    ) -> tuple[QuantPlan, tuple[LearnedBlock, ...]]:
+        """Learns all blocks that are not done.
+
+        Args:
+            plan: The plan behind the blocks that are done.
+            done: Blocks that an earlier run has finished: the first ones.
+            save: Called after every block.
+            progress: Told a block, its iteration and its loss from time to time.
+
+        Returns:
+            The plan, and what happened to every block.
+        """
+        found = list(done)
+        with hold_memory(), _one_thread():
+            for index, block in enumerate(self._blocks[len(done) :], len(done)):
+                plan, learned = self._learn(plan, block, index, progress)
+                found.append(learned)
+                save(plan, learned)
+        return plan, tuple(found)
+
+    def _learn(
+        self, plan: QuantPlan, block: Block, index: int, progress: Callable[[Block, int, float], None]
+    ) -> tuple[QuantPlan, LearnedBlock]:
+        nodes = [self._nodes[name] for name in block.nodes]
+        unsupported = next((reason for node in nodes if (reason := supported(node)) is not None), None)
+        if unsupported is not None:
+            reason = f"torch does not run it: {unsupported}"
+            return plan, LearnedBlock(block.name, block.layers, kept=False, reason=reason)
+        quantizers = BlockQuantizers(
+            self._model, plan, nodes, self._decided(plan, block), self._recipe.rounding, self._device
+        )
+        if not quantizers.narrow:
+            reason = f"nothing in it has fewer than {FIXED_BITS} bits"
+            return plan, LearnedBlock(block.name, block.layers, kept=False, reason=reason)
+        with self._cache.load(block, plan) as samples:
+            try:
+                outcome = reconstruct(
+                    nodes,
+                    block.output,
+                    quantizers,
+                    samples,
+                    self._recipe,
+                    seed=self._seed + index,
+                    device=self._device,
+                    progress=lambda iteration, loss: progress(block, iteration, loss),
+                )
+            except BlockDiffersError as error:
+                return plan, LearnedBlock(block.name, block.layers, kept=False, reason=str(error))
+        learned = LearnedBlock(
+            block.name,
+            block.layers,
+            kept=outcome.kept,
+            reason=None if outcome.kept else "no better than before on samples that were not learned from",
+            before=_db(outcome.before),
+            after=_db(outcome.after),
+            iterations=outcome.iterations,
+            seconds=outcome.seconds,
+        )
+        return quantizers.to_plan(plan) if outcome.kept else plan, learned
+
+    def _decided(self, plan: QuantPlan, block: Block) -> frozenset[str]:
+        """Keys of quantizers that nodes in front of the block's end, and not in it, read through."""
+        end = max(self._place[name] for name in block.nodes)
+        inside = set(block.nodes)
+        before = [node for node in self._model.graph if self._place[node.name] < end and node.name not in inside]
+        return frozenset(keys_read(self._model, before, plan))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """How many threads share a sum changes its last bits, so that torch gets one (docs/design-notes.md)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _db(error: float) -> float:
+    return -10 * math.log10(max(error, 1e-30))

@@ -1,0 +1,174 @@
+"""What is learned of activations and biases, as differentiable simulations of the law.
+
+*Activations* (QDrop, LSQ). With ``r = x / s`` and codes ``q = clip(round(r), low, high)`` counted from the zero point,
+the simulation is ``s q``; elements that the mask leaves out stay float. Gradients, for the upstream ``g``:
+
+    to x: g where low < r < high        to s: sum of g (q - r) inside, g q outside
+
+*Biases* are learned as they are, and rounded to int32 multiples of ``s_x s_w`` where the emitted graph does that.
+
+Scales are learned as factors of their start, so that one learning rate fits tensors of all magnitudes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from postquant.runtime_ops.quantizer import TensorQuantizer
+
+# A learned scale stays within this factor of its start: a step that collapses never comes back.
+_MOST_FACTOR = 4.0
+Tensor = torch.Tensor
+
+
+class FakeQuantize(torch.autograd.Function):
+    """``s clip(round(x / s), low, high)`` with the gradients of the module docstring."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: float, high: float, mask: Tensor | None) -> Tensor:
+        """Simulates one tensor.
+
+        Args:
+            ctx: Keeps what the gradient needs.
+            x: Any shape, float32.
+            scale: () float32, > 0.
+            low: Smallest code, counted from the zero point, <= 0.
+            high: Largest code, counted from the zero point, >= 0.
+            mask: Shape of ``x``, 1 where an element is quantized and 0 where it stays float; all 1 when None.
+        """
+        ratio = x / scale
+        codes = ratio.clamp(low, high).round_()
+        ctx.save_for_backward(ratio, codes, mask if mask is not None else scale)
+        ctx.has_mask, ctx.low, ctx.high = mask is not None, low, high
+        simulated = codes * scale
+        return simulated if mask is None else torch.lerp(x, simulated, mask)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        """The gradients to ``x`` and ``scale``."""
+        (grad,) = grads
+        ratio, codes, mask = ctx.saved_tensors
+        quantized = grad * mask if ctx.has_mask else grad
+        # One pass, where comparing and multiplying by booleans are three.
+        inside = torch.ops.aten.hardtanh_backward(quantized, ratio, ctx.low, ctx.high)
+        # Outside, codes are the bound itself, and the ratio does not count.
+        to_scale = (quantized * codes).sum() - (inside * ratio).sum() if ctx.needs_input_grad[1] else None
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = inside.add_(grad).sub_(quantized) if ctx.has_mask else inside
+        return to_x, to_scale, None, None, None
+
+
+# The function itself: (x, scale, low, high, mask) -> the simulation.
+fake_quantize: Callable[..., Tensor] = FakeQuantize.apply
+
+
+class DropMasks:
+    """Random masks for QDrop: a pool, cut at random offsets, because drawing numbers costs as much as a convolution.
+
+    Args:
+        generator: Source of the masks and offsets; on the CPU.
+        device: Where masks are wanted.
+        keep: Share of elements that are 1.
+    """
+
+    _POOL = 1 << 22
+
+    def __init__(self, generator: torch.Generator, device: torch.device, keep: float) -> None:
+        bits = torch.randint(0, 256, (self._POOL,), generator=generator, dtype=torch.int16)
+        # Arithmetic with 0.0 and 1.0 is many times faster than a choice by booleans.
+        self._pool = (bits < round(256 * keep)).to(torch.float32).to(device)
+        self._generator = generator
+
+    def like(self, x: Tensor) -> Tensor:
+        """A mask of the shape and memory layout of ``x``, float32; large tensors see the pool again and again."""
+        offset = int(torch.randint(0, self._POOL, (), generator=self._generator))
+        # What as_strided may reach; a tensor with gaps reaches beyond its number of elements.
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        pool = self._pool
+        if offset + extent > self._POOL:
+            pool = pool.repeat(math.ceil((offset + extent) / self._POOL))
+        return pool.as_strided(x.shape, x.stride(), offset)
+
+
+class LearnedScale:
+    """A positive scale ``start * factor``.
+
+    Args:
+        quantizer: Has the start, () or (C,); a scale that must be a power of two stays as it is.
+        device: Where it is learned.
+
+    Attributes:
+        factor: The leaf that the optimizer sees, if it has a gradient; 1 at the start.
+    """
+
+    def __init__(self, quantizer: TensorQuantizer, device: torch.device) -> None:
+        self._start = torch.as_tensor(quantizer.scale.copy(), device=device)
+        self.factor = torch.ones_like(self._start, requires_grad=not quantizer.spec.power_of_two)
+
+    def value(self) -> Tensor:
+        """The scale, float32, differentiable."""
+        return self._start * self.factor.clamp(1 / _MOST_FACTOR, _MOST_FACTOR)
+
+    def numpy(self) -> npt.NDArray[np.float32]:
+        """The scale as the plan holds it."""
+        return np.asarray(self.value().detach().cpu().numpy(), np.float32)
+
+
+class ActivationQuantizer:
+    """One activation's quantizer whose step is learned.
+
+    Args:
+        quantizer: The plan's: unsigned or signed, one scale, no border.
+        device: Where it is learned.
+    """
+
+    def __init__(self, quantizer: TensorQuantizer, device: torch.device) -> None:
+        self._quantizer = quantizer
+        point = int(quantizer.zero_point)
+        self._low, self._high = float(quantizer.spec.qmin - point), float(quantizer.spec.qmax - point)
+        self.scale = LearnedScale(quantizer, device)
+
+    def simulate(self, x: Tensor, masks: DropMasks | None) -> Tensor:
+        """``x`` behind the quantizer; where ``masks`` drops, it stays float."""
+        mask = None if masks is None else masks.like(x)
+        return fake_quantize(x, self.scale.value(), self._low, self._high, mask)
+
+    def learned(self) -> TensorQuantizer:
+        """The quantizer with the learned step."""
+        return dataclasses.replace(self._quantizer, scale=self.scale.numpy())
+
+
+class LearnedBias:
+    """A bias, rounded like the emitted graph's int32 bias.
+
+    Args:
+        values: Any shape, float32: the plan's correction or the model's bias.
+        device: Where it is learned.
+
+    Attributes:
+        start: The values at the start.
+        values: The leaf that the optimizer sees.
+    """
+
+    def __init__(self, values: npt.NDArray[np.float32], device: torch.device) -> None:
+        self.start = torch.as_tensor(np.array(values, np.float32), device=device)
+        self.values = self.start.clone().requires_grad_()
+
+    def simulate(self, step: Tensor | None) -> Tensor:
+        """The bias; in multiples of ``step`` (float32, broadcastable) where one is given."""
+        if step is None:
+            return self.values
+        rounded = (self.values / step).round() * step
+        return self.values + (rounded - self.values).detach()
+
+    def learned(self) -> npt.NDArray[np.float32]:
+        """The values as the plan holds them."""
+        return np.asarray(self.values.detach().cpu().numpy(), np.float32)

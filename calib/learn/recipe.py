@@ -1,0 +1,116 @@
+"""How long and how fast a block is learned: :class:`Recipe`, by effort and bit width (:func:`recipe_for`).
+
+The start is QDrop's recipe (Wei et al. 2022) with Genie's learned weight step; docs/learning.md has the trials behind
+every number that differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+
+class Effort(enum.Enum):
+    """How much time learning may take."""
+
+    FAST = "fast"
+    NORMAL = "normal"
+    MAX = "max"
+
+
+class Rounding(enum.Enum):
+    """How codes of weights are learned (:mod:`postquant.calib.learn.weights`)."""
+
+    NEIGHBOURS = "neighbours"
+    FREE = "free"
+
+
+class Device(enum.Enum):
+    """Where blocks are learned."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Settings of one block's reconstruction.
+
+    Attributes:
+        iterations: Steps of the optimizer.
+        rounding: How codes of weights are learned.
+        batch: Samples per step.
+        rounding_rate: Learning rate (Adam) of the rounding variables; where rounding is free it falls to zero along a
+            cosine.
+        bias_rate: Of biases, in units of the root mean square of the block's output.
+        weight_scale_rate: Of the factors of weight scales.
+        step_rate: Of the factors of activation steps; falls to zero along a cosine.
+        regularisation: Weight of the rounding regulariser (neighbours only), mean over the weights, against the
+            relative output error.
+        warm_up: Share of the iterations without regulariser.
+        beta: Exponent of the regulariser behind the warm-up and at the end.
+        keep: Share of activations that QDrop quantizes, and of inputs that come from the quantized prefix.
+        validation: Share of the samples that only judge.
+    """
+
+    iterations: int
+    rounding: Rounding = Rounding.FREE
+    batch: int = 32
+    rounding_rate: float = 1e-3
+    bias_rate: float = 1e-3
+    weight_scale_rate: float = 1e-3
+    step_rate: float = 1e-3
+    regularisation: float = 5.0
+    warm_up: float = 0.2
+    beta: tuple[float, float] = (20.0, 2.0)
+    keep: float = 1.0
+    validation: float = 0.125
+
+
+def judging_samples(count: int, share: float) -> list[int]:
+    """Indices of the samples that only judge, evenly spaced, at least one.
+
+    Args:
+        count: Number of samples.
+        share: Share of them, in (0, 1).
+
+    >>> judging_samples(16, 0.125)
+    [4, 12]
+    """
+    judges = max(round(count * share), 1)
+    return [(2 * index + 1) * count // (2 * judges) for index in range(judges)]
+
+
+# Steps per block, and multiply-accumulates that the forward runs of the whole network may take in the end.
+_ITERATIONS = {Effort.FAST: 500, Effort.NORMAL: 2000, Effort.MAX: 10000}
+_NETWORK_WORK = {Effort.FAST: 0.0, Effort.NORMAL: 6e11, Effort.MAX: 4e12}
+# A network of more multiply-accumulates per sample gets smaller batches, so that a step costs the same.
+_BATCH_WORK = 3.2e9
+_LEAST_BATCH, _MOST_BATCH = 8, 32
+# Fewer steps of the whole network than this change nothing.
+_LEAST_STEPS = 50
+
+
+def recipe_for(effort: Effort, work: float) -> Recipe:
+    """How blocks are learned.
+
+    Args:
+        effort: The user's choice.
+        work: Multiply-accumulates of the network for one sample.
+    """
+    batch = int(min(max(_BATCH_WORK / max(work, 1.0), _LEAST_BATCH), _MOST_BATCH))
+    return Recipe(_ITERATIONS[effort], batch=batch)
+
+
+def network_recipe(effort: Effort, work: float) -> Recipe | None:
+    """How the whole network is learned in the end; None where the effort does not allow enough steps.
+
+    Args:
+        effort: The user's choice.
+        work: Multiply-accumulates of the network for one sample.
+    """
+    recipe = recipe_for(effort, work)
+    steps = int(_NETWORK_WORK[effort] / (max(work, 1.0) * recipe.batch))
+    if steps < _LEAST_STEPS:
+        return None
+    return dataclasses.replace(recipe, iterations=min(steps, recipe.iterations), rounding=Rounding.FREE, keep=1.0)

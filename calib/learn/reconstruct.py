@@ -1,0 +1,220 @@
+"""Learns one block: its output in the quantized network comes close to the float network's (:func:`reconstruct`).
+
+    L = |f(x_in) - y|^2 / |y - mean y|^2 + lambda * (rounding regulariser)
+
+``x_in`` comes from the already quantized prefix, ``y`` from the float network. With QDrop's masks (``keep`` below 1) a
+part of the input comes from the float network, and a part of the activations inside is not quantized. Some samples
+only judge: with every quantizer on and weights rounded, a block that is not better there than without learning keeps
+what it had.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import onnx_ir as ir
+import torch
+
+from postquant.calib.learn.block_cache import BlockSamples
+from postquant.calib.learn.block_quantizers import BlockQuantizers, Reader
+from postquant.calib.learn.executor import constant_values, run_nodes
+from postquant.calib.learn.quantizers import DropMasks
+from postquant.calib.learn.recipe import Recipe, Rounding
+from postquant.calib.learn.sample_arrays import SampleArrays
+from postquant.calib.learn.sample_split import SampleSplit
+from postquant.runtime_ops.errors import ModelError
+
+Tensor = torch.Tensor
+# The float block in torch may differ from onnxruntime by so much, relative to its largest value.
+_SAME = 1e-3
+# How often a block says how far it is.
+_TOLD = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockOutcome:
+    """What learning did to a block.
+
+    Attributes:
+        before: Error of the output relative to its variance on judging samples, as the plan was.
+        after: The same as learned.
+        kept: Whether the learned state is better.
+        iterations: Steps taken.
+        seconds: Time that they took.
+    """
+
+    before: float
+    after: float
+    kept: bool
+    iterations: int
+    seconds: float
+
+
+class BlockDiffersError(Exception):
+    """The executor does not compute a block as onnxruntime does, for example because its batch size is fixed."""
+
+
+def reconstruct(
+    nodes: Sequence[ir.Node],
+    output: str,
+    quantizers: BlockQuantizers,
+    samples: BlockSamples,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: torch.device,
+    progress: Callable[[int, float], None],
+) -> BlockOutcome:
+    """Learns a block; the result is in ``quantizers``.
+
+    Args:
+        nodes: The block's nodes in topological order.
+        output: Name of the block's output.
+        quantizers: Of these nodes.
+        samples: Inputs and targets.
+        recipe: How.
+        seed: Of the order of samples and the masks.
+        device: Where.
+        progress: Told the number of iterations done and the relative error from time to time.
+
+    Returns:
+        The errors before and after, on samples that were not learned from.
+
+    Raises:
+        BlockDiffersError: If the float block does not give the target.
+    """
+    begun = time.monotonic()
+    generator = torch.Generator().manual_seed(seed)
+    split = SampleSplit(samples.groups, recipe.validation, generator)
+    block = _Block(nodes, output, samples, device)
+    block.check(split)
+    before = block.error(quantizers.unlearned(), split)
+    masks = DropMasks(generator, device, recipe.keep) if recipe.keep < 1 else None
+    optimizer, schedule = _optimizer(quantizers, recipe, block.size)
+    for iteration in range(recipe.iterations):
+        schedule(iteration)
+        chosen = split.batch(recipe.batch)
+        result = block.run(block.mixed(chosen, masks), quantizers.reader(masks=masks))
+        loss = (result - block.take(samples.target, chosen)).square().mean() / block.variance
+        total = loss + _regulariser(quantizers, recipe, iteration)
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(total)
+        optimizer.step()
+        if iteration % _TOLD == 0 or iteration + 1 == recipe.iterations:
+            progress(iteration + 1, float(loss.detach()))
+    after = block.error(quantizers.reader(hard=True, all_steps=True), split)
+    return BlockOutcome(before, after, after < before, recipe.iterations, time.monotonic() - begun)
+
+
+class _Block:
+    """A block that runs on parts of its samples."""
+
+    def __init__(self, nodes: Sequence[ir.Node], output: str, samples: BlockSamples, device: torch.device) -> None:
+        self._nodes = nodes
+        self._output = output
+        self._samples = samples
+        self._device = device
+        self._constants = constant_values(nodes, device)
+        total, square, count = 0.0, 0.0, 0
+        for index in range(0, len(samples), max(len(samples) // 64, 1)):
+            part = samples.target.take([index]).double()
+            total, square, count = total + float(part.sum()), square + float(part.square().sum()), count + part.numel()
+        self.variance = max(square / count - (total / count) ** 2, 1e-30)
+        self.size = math.sqrt(max(square / count, 1e-30))
+
+    def take(self, values: SampleArrays, chosen: Sequence[int]) -> Tensor:
+        """Some samples on the device."""
+        part = values.take(chosen).to(self._device)
+        # Convolutions of few channels are twice as fast in this layout.
+        return part.contiguous(memory_format=torch.channels_last) if part.ndim == 4 else part
+
+    def mixed(self, chosen: Sequence[int], masks: DropMasks | None) -> dict[str, Tensor]:
+        """The inputs of some samples: of the quantized prefix, or float where the masks drop."""
+        quantized = self.inputs(chosen)
+        if masks is None:
+            return quantized
+        result = {}
+        for name, values in quantized.items():
+            exact = self._samples.exact[name]
+            floating = values.is_floating_point() and exact is not self._samples.quantized[name]
+            result[name] = torch.lerp(self.take(exact, chosen), values, masks.like(values)) if floating else values
+        return result
+
+    def inputs(self, chosen: Sequence[int], *, exact: bool = False) -> dict[str, Tensor]:
+        """The inputs of some samples: of the quantized prefix, or of the float network."""
+        source: Mapping[str, SampleArrays] = self._samples.exact if exact else self._samples.quantized
+        return {name: self.take(values, chosen) for name, values in source.items()}
+
+    def run(self, inputs: Mapping[str, Tensor], reader: Reader | None) -> Tensor:
+        """The block's output."""
+        values = {**self._constants, **inputs}
+        run_nodes(self._nodes, values, reader)
+        return values[self._output]
+
+    def check(self, split: SampleSplit) -> None:
+        """The float block gives the target.
+
+        Raises:
+            BlockDiffersError: If it does not.
+        """
+        few = split.few()
+        try:
+            with torch.no_grad():
+                got = self.run(self.inputs(few, exact=True), None)
+        except (RuntimeError, ModelError) as error:  # a shape that holds for one sample only
+            raise BlockDiffersError(f"torch cannot run it on {len(few)} samples: {error}") from error
+        want = self.take(self._samples.target, few)
+        if got.shape != want.shape:
+            raise BlockDiffersError(f"in torch it gives shape {tuple(got.shape)}, not {tuple(want.shape)}")
+        difference = float((got - want).abs().max())
+        if not difference <= _SAME * max(float(want.abs().max()), 1e-30):
+            raise BlockDiffersError(f"in torch it differs from onnxruntime by {difference:.2g}")
+
+    def error(self, reader: Reader, split: SampleSplit) -> float:
+        """Error of the output relative to its variance, on judging samples of the quantized prefix."""
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for part in split.judging(64):
+                reader.forget()
+                result = self.run(self.inputs(part), reader)
+                total += float((result - self.take(self._samples.target, part)).square().double().sum())
+                count += result.numel()
+        return total / count / self.variance
+
+
+def _regulariser(quantizers: BlockQuantizers, recipe: Recipe, iteration: int) -> Tensor | float:
+    """Drives the choice between neighbours: nothing in the warm-up, then an exponent that falls."""
+    share = (iteration / recipe.iterations - recipe.warm_up) / (1 - recipe.warm_up)
+    if recipe.rounding is Rounding.FREE or share <= 0:
+        return 0.0
+    first, last = recipe.beta
+    beta = last + (first - last) * (1 - share)
+    weights = quantizers.weights.values()
+    total = torch.stack([w.regulariser(beta) for w in weights]).sum()
+    return recipe.regularisation * total / sum(w.variable.numel() for w in weights)
+
+
+def _optimizer(
+    quantizers: BlockQuantizers, recipe: Recipe, size: float
+) -> tuple[torch.optim.Optimizer, Callable[[int], None]]:
+    """Adam with a learning rate per kind, and what sets the rates of an iteration."""
+    weights, biases, steps = quantizers.weights.values(), quantizers.biases.values(), quantizers.steps.values()
+    groups = [
+        ([w.variable for w in weights], recipe.rounding_rate, recipe.rounding is Rounding.FREE),
+        ([b.values for b in biases], recipe.bias_rate * size, True),
+        ([w.scale.factor for w in weights], recipe.weight_scale_rate, True),
+        ([s.scale.factor for s in steps], recipe.step_rate, True),
+    ]
+    learned = [([p for p in params if p.requires_grad], rate, falls) for params, rate, falls in groups]
+    used = [(params, rate, falls) for params, rate, falls in learned if params]
+    optimizer = torch.optim.Adam([{"params": params, "lr": rate} for params, rate, _ in used])
+
+    def schedule(iteration: int) -> None:
+        share = 0.5 * (1 + math.cos(math.pi * iteration / recipe.iterations))
+        for group, (_, rate, falls) in zip(optimizer.param_groups, used, strict=True):
+            group["lr"] = rate * share if falls else rate
+
+    return optimizer, schedule

@@ -1,0 +1,211 @@
+"""The stage that learns a network block by block: :func:`learn`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from postquant.calib.learn.available import require_torch
+from postquant.calib.learn.recipe import Device, Recipe, judging_samples, network_recipe, recipe_for
+from postquant.calib.source import SubsetSource
+from postquant.calib.trial import Trial
+from postquant.calib.work import forward_work
+from postquant.passes.blocks import Block, cut_blocks
+from postquant.passes.plan import QuantPlan
+from postquant.pipeline.job import Job
+from postquant.pipeline.stage_log import StageLog
+from postquant.runtime_ops.errors import ConfigError
+from postquant.runtime_ops.quantizer import TensorQuantizer
+
+if TYPE_CHECKING:
+    from postquant.calib.learn.learner import LearnedBlock
+
+
+def check_learning(job: Job) -> None:
+    """Tells before any work that blocks cannot be learned here.
+
+    Raises:
+        ConfigError: If torch is missing, or the device.
+    """
+    if not job.config.learn:
+        return
+    require_torch()
+    import torch
+
+    if job.config.device is Device.CUDA and not torch.cuda.is_available():
+        raise ConfigError(
+            "torch finds no CUDA device",
+            where="device",
+            found=f"torch {torch.__version__}",
+            hint='use device = "cpu", or a torch that was built for CUDA on a machine with a GPU',
+        )
+
+
+def learn(
+    job: Job,
+    reference: ir.Model,
+    model: ir.Model,
+    plan: QuantPlan,
+    log: StageLog,
+    folder: pathlib.Path,
+    *,
+    threads: int,
+) -> QuantPlan:
+    """Learns every block, where that was asked for.
+
+    Args:
+        job: What to do.
+        reference: The float model whose outputs are the reference.
+        model: The float model that the plan is about.
+        plan: A decided plan.
+        log: Told what was learned.
+        folder: Existing folder for temporary files.
+        threads: Samples that are run at the same time where the result is measured.
+
+    Returns:
+        The plan, changed or not.
+    """
+    if not job.config.learn:
+        return plan
+    saved = job.checkpoint.load("learn")
+    if saved is not None:
+        log.resume("learn", saved.data())
+        return saved.plan()
+    blocks = learning_blocks(model, plan)
+    if not blocks:
+        log.note("nothing was learned: no layer is quantized")
+        return plan
+    run = _Run(job, model, blocks, folder)
+    judges = judging_samples(len(job.source), run.recipe.validation)
+    trial = Trial(reference, SubsetSource(job.source, judges), samples=len(judges), threads=threads)
+    before = trial.measure(model, plan)
+    learned, found = run.learn(plan)
+    after = trial.measure(model, learned)
+    kept = after.error < before.error
+    for block in found:
+        log.add(f"learn {block.name}", _detail(block), kept=block.kept, sqnr_db=block.after)
+    gain = 20 * math.log10(max(before.error, 1e-30) / max(after.error, 1e-30))
+    count = sum(block.kept for block in found)
+    log.add("learning", f"{count} of {len(found)} blocks, {gain:.2f} dB", kept=kept, sqnr_db=after.sqnr_db)
+    plan = learned if kept else plan
+    job.checkpoint.save("learn", plan=plan, data=log.since_resume())
+    return plan
+
+
+def learning_blocks(model: ir.Model, plan: QuantPlan) -> tuple[Block, ...]:
+    """All blocks; the layers whose weights are wider than the narrowest ones, such as the first and the last, alone."""
+    bits = _layer_bits(model, plan)
+    narrowest = min(bits.values(), default=0)
+    return cut_blocks(model, set(bits), alone={name for name, width in bits.items() if width > narrowest})
+
+
+def _layer_bits(model: ir.Model, plan: QuantPlan) -> dict[str, int]:
+    """Bits of the weights of every quantized layer, in the order of the graph."""
+    bits = {}
+    for node in model.graph:
+        entries = [plan.weights.get(value.name or "") for value in node.inputs if value is not None]
+        widths = [entry.spec.bits for entry in entries if isinstance(entry, TensorQuantizer)]
+        if widths and node.name:
+            bits[node.name] = min(widths)
+    return bits
+
+
+def network_block(model: ir.Model, plan: QuantPlan) -> Block | None:
+    """The network from its inputs to its only float output as one block; None where it has several."""
+    outputs = [value for value in model.graph.outputs if value.name and value.dtype in (None, ir.DataType.FLOAT)]
+    inputs = tuple(value.name for value in model.graph.inputs if value.name)
+    if len(outputs) != 1 or len(model.graph.outputs) != 1 or not inputs:
+        return None
+    name = outputs[0].name or ""
+    nodes = tuple(node.name or "" for node in model.graph)
+    return Block("the whole network", nodes, inputs, name, tuple(_layer_bits(model, plan)))
+
+
+class _Run:
+    """Learns the blocks that are not saved, and then the whole network.
+
+    Args:
+        job: What to do.
+        model: The float model that the plan is about.
+        blocks: Its blocks.
+        folder: Existing folder for temporary files.
+
+    Attributes:
+        recipe: How blocks are learned.
+    """
+
+    def __init__(self, job: Job, model: ir.Model, blocks: tuple[Block, ...], folder: pathlib.Path) -> None:
+        self._job = job
+        self._model = model
+        self._folder = folder
+        work = forward_work(model, job.source)
+        self.recipe = recipe_for(job.config.effort, work)
+        self._parts: list[tuple[Recipe, tuple[Block, ...]]] = [(self.recipe, blocks)]
+        self._whole = network_recipe(job.config.effort, work)
+
+    def learn(self, plan: QuantPlan) -> tuple[QuantPlan, tuple[LearnedBlock, ...]]:
+        """The learned plan, and what happened to every block."""
+        network = None if self._whole is None else network_block(self._model, plan)
+        if network is not None and self._whole is not None:
+            self._parts.append((self._whole, (network,)))
+        self._job.progress.stage("learn", sum(len(part) * recipe.iterations for recipe, part in self._parts))
+        found: list[LearnedBlock] = []
+        for recipe, blocks in self._parts:
+            plan, learned = self._learn(plan, recipe, blocks, len(found))
+            found.extend(learned)
+        return plan, tuple(found)
+
+    def _learn(
+        self, plan: QuantPlan, recipe: Recipe, blocks: tuple[Block, ...], first: int
+    ) -> tuple[QuantPlan, tuple[LearnedBlock, ...]]:
+        import torch
+
+        from postquant.calib.learn.block_cache import BlockCache
+        from postquant.calib.learn.learner import LearnedBlock, Learner
+
+        job, done = self._job, []
+        for index in range(first, first + len(blocks)):
+            saved = job.checkpoint.load(f"learn-{index}")
+            if saved is None:
+                break
+            plan, data = saved.plan(), saved.data()
+            done.append(LearnedBlock(**{**data, "layers": tuple(data["layers"])}))
+        if done:
+            job.progress.say(f"{len(done)} learned blocks are there already")
+        job.progress.advance(len(done) * recipe.iterations)
+        count, told = first + len(done), 0
+
+        def save(plan: QuantPlan, block: LearnedBlock) -> None:
+            nonlocal count, told
+            job.checkpoint.save(f"learn-{count}", plan=plan, data=dataclasses.asdict(block))
+            job.progress.advance(recipe.iterations - told)
+            count, told = count + 1, 0
+            job.progress.say(f"{block.name}: {_detail(block)}, {block.seconds:.0f} s")
+
+        def progress(block: Block, iteration: int, loss: float) -> None:
+            nonlocal told
+            job.progress.advance(iteration - told)
+            told = iteration
+            job.progress.detail(f"{block.name}, error {loss:.3f}")
+
+        learner = Learner(
+            self._model,
+            blocks,
+            BlockCache(self._model, blocks, job.source, self._folder, memory=job.config.memory),
+            recipe,
+            seed=job.config.seed,
+            device=torch.device(job.config.device.value),
+        )
+        return learner.run(plan, done=done, save=save, progress=progress)
+
+
+def _detail(block: LearnedBlock) -> str:
+    """What happened to a block, for people; without times, so that equal runs give equal reports."""
+    if block.before is None or block.after is None:
+        return block.reason or ""
+    change = f"{block.before:.1f} -> {block.after:.1f} dB in {block.iterations} iterations"
+    return change if block.kept else f"{change}: {block.reason}"

@@ -1,0 +1,105 @@
+"""One operator in torch and in onnxruntime; torch with one thread, as postquant runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from postquant.calib.learn.executor import constant_values, run_nodes, supported
+
+Array = npt.NDArray[Any]
+OpModel = Callable[..., ir.Model]
+
+
+def make_op_model(
+    op_type: str,
+    inputs: Sequence[Array | None],
+    *,
+    opset: int = 17,
+    outputs: int = 1,
+    fed: int | None = None,
+    **attributes: Any,
+) -> onnx.ModelProto:
+    """A model of one node, ``op``: the first ``fed`` inputs (all if None) are x0, x1, ..., the others constants."""
+    fed = len(inputs) if fed is None else fed
+    names = ["" if array is None else f"x{index}" for index, array in enumerate(inputs)]
+    results = [f"y{index}" for index in range(outputs)]
+    infos, constants = [], []
+    for index, (name, array) in enumerate(zip(names, inputs, strict=True)):
+        if array is None:
+            continue
+        if index < fed:
+            dtype = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+            infos.append(onnx.helper.make_tensor_value_info(name, dtype, [None] * array.ndim))
+        else:
+            constants.append(onnx.numpy_helper.from_array(array, name))
+    node = onnx.helper.make_node(op_type, names, results, name="op", **attributes)
+    graph = onnx.helper.make_graph([node], "g", infos, [onnx.ValueInfoProto(name=name) for name in results], constants)
+    imports = [onnx.helper.make_opsetid("", opset)]
+    return onnx.helper.make_model(graph, opset_imports=imports, ir_version=8 if opset < 21 else 10)
+
+
+def compare_op(
+    op_type: str,
+    inputs: Sequence[Array | None],
+    *,
+    opset: int = 17,
+    outputs: int = 1,
+    fed: int | None = None,
+    tolerance: float = 2e-6,
+    **attributes: Any,
+) -> Mapping[str, Array]:
+    """Checks that both give equal shapes, types and, up to rounding, numbers; returns onnxruntime's."""
+    proto = make_op_model(op_type, inputs, opset=opset, outputs=outputs, fed=fed, **attributes)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    arrays = {f"x{index}": array for index, array in enumerate(inputs) if array is not None}
+    feeds = {i.name: arrays[i.name] for i in session.get_inputs()}
+    names = [f"y{index}" for index in range(outputs)]
+    expected = dict(zip(names, session.run(names, feeds), strict=True))
+    graph = ir.from_proto(proto).graph
+    nodes = list(graph)
+    assert [supported(node) for node in nodes] == [None]
+    values = {**constant_values(nodes), **{name: torch.from_numpy(array.copy()) for name, array in feeds.items()}}
+    run_nodes(nodes, values)
+    for name in names:
+        got = values[name].numpy()
+        assert got.shape == expected[name].shape
+        assert got.dtype == expected[name].dtype
+        scale = float(np.max(np.abs(expected[name]), initial=1.0, where=np.isfinite(expected[name])))
+        np.testing.assert_allclose(got, expected[name], rtol=tolerance, atol=tolerance * scale)
+    return expected
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def same_as_onnxruntime() -> Callable[..., Mapping[str, Array]]:
+    """Compares one operator (:func:`compare_op`)."""
+    return compare_op
+
+
+@pytest.fixture(scope="session")
+def op_node() -> Callable[..., ir.Node]:
+    """Makes a node of a graph."""
+
+    def make(op_type: str, inputs: Sequence[Array | None], **settings: Any) -> ir.Node:
+        graph = ir.from_proto(make_op_model(op_type, inputs, **settings)).graph
+        return next(iter(graph))
+
+    return make

@@ -22,6 +22,7 @@ def layer_reports(
     quality: Sequence[TensorQuality],
     gains: Mapping[str, Mapping[str, float]],
     books: Mapping[str, Mapping[str, float]],
+    history: Mapping[str, Mapping[str, float]],
 ) -> tuple[LayerReport, ...]:
     """One row per quantized Conv, ConvTranspose, Gemm and MatMul, in graph order.
 
@@ -31,6 +32,7 @@ def layer_reports(
         quality: Measured quality of stored tensors.
         gains: Node -> stage -> gain in dB.
         books: Node -> code book of the weight -> SQNR that it would give.
+        history: Stage -> stored tensor -> SQNR after it.
     """
     measured = {item.name: item for item in quality}
     rows = []
@@ -62,6 +64,7 @@ def layer_reports(
                 gains=dict(gains.get(node.name, {})),
                 weights=None if weight is None else weight.spec.code_book.value,
                 code_books=dict(books.get(node.name, {})),
+                history={} if item is None else {s: db[item.name] for s, db in history.items() if item.name in db},
             )
         )
     return tuple(rows)

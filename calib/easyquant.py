@@ -131,7 +131,7 @@ class EasyQuant:
         limits: How much data it sees.
         search_activations: Whether activation scales may move; weights only otherwise.
         compensate: Whether weights are rounded with error compensation where that lowers the output error.
-        fixed: Stored tensors whose scale is exact and stays.
+        fixed: Stored tensors and weights whose numbers stay.
         code_books: Which values weights of few bits may have; uniform ones by default.
         judge: Asked before an activation's scale moves; a scale that is better for the next layer only is refused.
     """
@@ -216,14 +216,19 @@ class EasyQuant:
                 problems[layer.name] = (moments, problem)
             return problems[layer.name][1]
 
+        def searched(layer: Layer, quantizer: TensorQuantizer) -> TensorQuantizer:
+            """The weight's best scales behind a quantizer of its input; its own where they stay."""
+            if layer.weight in self._fixed:
+                return starts[layer.name]
+            return search_problem(problem_at(layer, quantizer), starts[layer.name], self._options)
+
         limit = self._options.rounds if self._options.rounds is not None else _MOST_ROUNDS
         quantizer, rounds, before_score, after_score = start, 0, 0.0, 0.0
         current = dict(starts)
         while rounds < limit:
             rounds += 1
             for layer in site.layers:
-                problem = problem_at(layer, quantizer)
-                current[layer.name] = search_problem(problem, starts[layer.name], self._options)
+                current[layer.name] = searched(layer, quantizer)
             if not self._search_activations or (site.key is None and site.tensor in self._fixed):
                 break
             readers = [self._reader(layer, data, current[layer.name], weights[layer.name]) for layer in site.layers]
@@ -238,7 +243,7 @@ class EasyQuant:
             if chosen_quantizer is start:
                 quantizer, after_score = start, before_score
                 for layer in site.layers:
-                    current[layer.name] = search_problem(problem_at(layer, start), starts[layer.name], self._options)
+                    current[layer.name] = searched(layer, start)
         plan = _with_quantizer(plan, site, quantizer)
         ratio = float(quantizer.scale / start.scale)
         changes = []
@@ -249,7 +254,9 @@ class EasyQuant:
             books: Mapping[CodeBook, Candidate] = {}
             # A table is learned against whole moments; where they are kept in blocks, the effort's note says so.
             whole = len(problem.moments.square) == len(problem.matrix)
-            if self._compensate and whole and chosen.spec.bits <= FEW_BITS and chosen.spec.axis is not None:
+            if layer.weight in self._fixed:
+                pass
+            elif self._compensate and whole and chosen.spec.bits <= FEW_BITS and chosen.spec.axis is not None:
                 choice = choose_code_book(layer, problem, chosen, self._code_books)
                 chosen, books = choice.quantizer, choice.candidates
             elif self._compensate:

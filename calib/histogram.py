@@ -51,11 +51,13 @@ class Density:
         edges: (B + 1,) float64, not decreasing, units of the tensor.
         counts: (B,) int64, >= 0.
         zero: Index of the bin around 0, the only one that holds exact zeros.
+        width: Width of a bin between its neighbours, a power of two; the one around 0 is twice as wide.
     """
 
     edges: npt.NDArray[np.float64]
     counts: npt.NDArray[np.int64]
     zero: int
+    width: float
 
     @property
     def low(self) -> float:
@@ -229,7 +231,7 @@ class Histogram:
         k = np.arange(view._first, view._first + view.bins, dtype=np.float64)
         edges = np.append(np.where(k > 0, k, k - 1), max(k[-1], 0.0) + 1.0) * view.width
         edges = np.clip(np.clip(edges, self._low, self._high), low, high)
-        return Density(edges, view._counts.copy(), -view._first)
+        return Density(edges, view._counts.copy(), -view._first, view.width)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Histogram):

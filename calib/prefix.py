@@ -199,7 +199,6 @@ def spaced(count: int, limit: int | None, *, between: bool = False) -> list[int]
 
 
 def _frontier(
-def _frontier(
     model: ir.Model, tensors: Sequence[str], start: Sequence[str] | None, kept: Sequence[str]
 ) -> tuple[str, ...]:
     """Values that lie between the nodes that make ``tensors`` and the nodes still to come, and those of ``kept``.

@@ -145,6 +145,8 @@ def search_problem(problem: WeightProblem, start: TensorQuantizer, options: Sear
     def judge(index: npt.NDArray[np.int64] | None) -> None:
         multiple = np.float32(1.0) if index is None else grid[index].astype(np.float32)[:, np.newaxis]
         scale = np.maximum(scale0 / multiple, SMALLEST_SCALE)
+        if spec.power_of_two:  # neighbours of the start on the grid of powers
+            scale = np.exp2(np.rint(np.log2(scale)))
         codes = quantize_matrix(problem.matrix, scale, spec.qmin, spec.qmax)
         inner, norm = problem.products(codes * scale)
         energy = problem.energy
@@ -161,7 +163,8 @@ def search_problem(problem: WeightProblem, start: TensorQuantizer, options: Sear
     for offset in (*range(1 - step, 0), *range(1, step)):
         judge(np.clip(around + offset, 0, len(grid) - 1))
     best_scale, best_gain = best.scale, best.gain
-    return _with_gain(layer, problem, start, best_scale, best_gain if options.objective is Objective.COSINE else None)
+    free = options.objective is Objective.COSINE and not spec.power_of_two
+    return _with_gain(layer, problem, start, best_scale, best_gain if free else None)
 
 
 def tried_candidates(candidates: int) -> int:

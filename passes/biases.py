@@ -123,6 +123,8 @@ def fit_biases(model: ir.Model, plan: QuantPlan) -> QuantPlan:
             continue
         # One float32 step up, so that rounding never takes the quotient back over the limit.
         larger = np.nextafter(needed.astype(np.float32), np.float32(np.inf))
+        if weight.spec.power_of_two:
+            larger = np.exp2(np.ceil(np.log2(larger)))
         scale = np.where(raised, larger, weight.scale).astype(np.float32)
         plan = plan.with_weight(weight_name, _with_scale(model, weight_name, weight, scale, raised))
         count = int(np.count_nonzero(raised))

@@ -13,7 +13,8 @@ Names (a number is appended where the model has such a name already):
 
 Relu and Clip in front of a quantizer disappear: quantization is monotonic, so clipping to ``[l, h]`` and quantizing
 equals quantizing and clipping codes to ``[q(l), q(h)]``, exactly. Where ``[q(l), q(h)]`` is the whole container the
-quantizer's own saturation does it; otherwise an integer Clip follows, as for codes of fewer than 8 bits.
+quantizer's own saturation does it; otherwise an integer Clip follows, as for codes of fewer than 8 bits. A backend
+that has no Clip of integers gets the Relu or Clip itself in that case.
 
 An entry of the plan that is still a format (``QuantSpec``) is left in float: calibration runs partly decided plans.
 """
@@ -46,6 +47,7 @@ def emit(
     *,
     weight_storage: WeightStorage = WeightStorage.INT8,
     exact_post: bool = False,
+    integer_clips: bool = True,
 ) -> ir.Model:
     """The quantized model.
 
@@ -56,6 +58,8 @@ def emit(
             has a code book that the container does not hold, keeps one code per byte.
         exact_post: Whether packed matrix products with POST weights compute with exact powers of sqrt(2), in two
             integer products each, instead of the int8 lattice (:mod:`postquant.passes.lut_nodes`).
+        integer_clips: Whether a Relu or Clip becomes a Clip of codes where the quantizer alone does not stand for it.
+            Otherwise it stays; the codes are the same.
 
     Returns:
         A new model with the same inputs, outputs, dynamic axes and metadata.
@@ -74,7 +78,7 @@ def emit(
     copy = model.clone()
     if weight_storage is WeightStorage.INT4:
         copy.ir_version = max(copy.ir_version, _INT4_IR_VERSION)
-    emission = _Emission(copy, plan, weight_storage)
+    emission = _Emission(copy, plan, weight_storage, integer_clips=integer_clips)
     emission.run()
     add_border_function(copy)
     if weight_storage is WeightStorage.PACKED:
@@ -84,8 +88,9 @@ def emit(
 
 
 class _Emission:
-    def __init__(self, model: ir.Model, plan: QuantPlan, weight_storage: WeightStorage) -> None:
+    def __init__(self, model: ir.Model, plan: QuantPlan, weight_storage: WeightStorage, *, integer_clips: bool) -> None:
         self.graph = model.graph
+        self.integer_clips = integer_clips
         self.plan = plan
         self.build = Builder(model.graph)
         self.packed = weight_storage is WeightStorage.INT4
@@ -173,7 +178,10 @@ class _Emission:
             if bounds is None or (source is not value and len(source.uses()) > 1):
                 break
             codes = quantizer.quantize(np.asarray(bounds, np.float32))
-            low, high = min(max(int(codes[0]), low), high), max(min(int(codes[1]), high), low)
+            narrowed = min(max(int(codes[0]), low), high), max(min(int(codes[1]), high), low)
+            if narrowed != (low, high) and not self.integer_clips:
+                break
+            low, high = narrowed
             behind = node.inputs[0]
             assert behind is not None
             source = behind

@@ -9,6 +9,8 @@
    before a graph output, which would only lose precision. It is the greatest such set: nodes start inside and leave
    it until nothing changes.
 3. *Ranges* (Relu, Clip) and *pass-through* nodes carry both properties along.
+4. Where the kernel of a sum is the end of a convolution's (``accumulates`` in the target), the result of that
+   convolution is never stored: it is added before anything rounds it.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ class Regions:
     Attributes:
         weighted: Nodes of the first rule.
         elementwise: Nodes of the second rule.
+        accumulated: Results of the fourth rule, which stay in float although an integer node makes and reads them.
     """
 
     def __init__(self, graph: ir.Graph, target: Target, blocked: Mapping[ir.Node, str]) -> None:
@@ -53,7 +56,9 @@ class Regions:
         self.weighted = {n for n, role in self._roles.items() if role is Role.WEIGHTED}
         self.elementwise = {n for n, role in self._roles.items() if role is Role.ELEMENTWISE}
         self._order = tuple(graph)
+        self.accumulated: set[ir.Value] = set()
         self._shrink()
+        self.accumulated = self._find_accumulated()
 
     def role(self, node: ir.Node | None) -> Role | None:
         """The node's role, None for one that stays in float whatever its neighbours do."""
@@ -67,6 +72,7 @@ class Regions:
             i
             for i in indices
             if i < len(node.inputs) and node.inputs[i] is not None and not semantics.is_constant(node.inputs[i])
+            if node.inputs[i] not in self.accumulated
         )
 
     def anchors(self, node: ir.Node | None) -> bool:
@@ -88,6 +94,27 @@ class Regions:
         if any(self.from_integers(v) for v in node.inputs):
             return "nothing that reads it runs on integers"
         return "nothing that it reads comes from an integer operator"
+
+    def _find_accumulated(self) -> set[ir.Value]:
+        """One input of each sum: the result of the last convolution that nothing else reads."""
+        position = {node: number for number, node in enumerate(self._order)}
+        found = set()
+        for node in self.elementwise:
+            if not self._target.ops[node.op_type].accumulates:
+                continue
+            sums = [
+                value
+                for value in node.inputs
+                if value is not None
+                and value.producer() in self.weighted
+                and self.anchors(value.producer())
+                and len(value.uses()) == 1
+                and not value.is_graph_output()
+            ]
+            others = {value for value in node.inputs if value is not None and not semantics.is_constant(value)}
+            if sums and len(others) > 1:
+                found.add(max(sums, key=lambda value: position[_producer(value)]))
+        return found
 
     def _shrink(self) -> None:
         while True:
@@ -121,3 +148,9 @@ class Regions:
             elif self._carries(node) and any(output in found for output in node.outputs):
                 found.add(node.inputs[0])
         return found
+
+
+def _producer(value: ir.Value) -> ir.Node:
+    node = value.producer()
+    assert node is not None
+    return node

@@ -65,7 +65,7 @@ class _Search:
         for node in graph:
             if node in self.integer:
                 demanded += [v for i in regions.quantized_inputs(node) if (v := node.inputs[i]) is not None]
-            if regions.anchors(node):
+            if regions.anchors(node) and node.outputs[0] not in regions.accumulated:
                 demanded.append(self._behind_clips(node.outputs[0]))
         for value in demanded:
             self._store(value)

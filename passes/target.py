@@ -123,11 +123,14 @@ class OpRule:
         role: See :class:`Role`.
         inputs: Indices of the activation (or weight) inputs that are quantized; None for all of them.
         output_quantized: Whether the integer kernel exists only with a quantized output.
+        accumulates: Whether an element-wise operator is the end of a convolution's kernel, which adds the other input
+            before anything rounds: the result of the convolution is not stored then.
     """
 
     role: Role
     inputs: tuple[int, ...] | None = None
     output_quantized: bool = True
+    accumulates: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +146,8 @@ class Target:
         int32_bias: Whether biases become int32 with scale ``s_x * s_w``.
         concat_scales: How a Concat starts; calibration may change it for one Concat.
         weight_storage: Container of weights of 4 and fewer bits.
+        integer_clips: Whether the backend runs Clip on codes; where not, Relu and Clip stay in front of their quantizer
+            unless its saturation alone stands for them.
         ops: Operator type -> rule; every other type stays in float.
         float_reasons: Operator type -> why it stays in float, for the report.
     """
@@ -155,6 +160,7 @@ class Target:
     int32_bias: bool
     concat_scales: ConcatScales
     weight_storage: WeightStorage
+    integer_clips: bool
     ops: Mapping[str, OpRule]
     float_reasons: Mapping[str, str]
 
@@ -234,7 +240,14 @@ def parse_target(data: Mapping[str, Any], *, where: str = "target") -> Target:
         entry = TargetTable({"role": rule} if isinstance(rule, str) else rule, f"{where}: ops.{op_type}")
         role = entry.choice("role", Role)
         inputs = entry.integers("inputs", None, range(16))
-        ops[op_type] = OpRule(role, inputs, entry.flag("output_quantized", role is not Role.PASS_THROUGH))
+        ops[op_type] = OpRule(
+            role,
+            inputs,
+            entry.flag("output_quantized", role is not Role.PASS_THROUGH),
+            entry.flag("accumulates", False),
+        )
+        if ops[op_type].accumulates and role is not Role.ELEMENTWISE:
+            raise ConfigError("only an element-wise operator accumulates", where=f"{where}: ops.{op_type}")
         entry.finish()
     reasons = top.table("float", {})
     for op_type, reason in reasons.items():
@@ -250,6 +263,7 @@ def parse_target(data: Mapping[str, Any], *, where: str = "target") -> Target:
         int32_bias=top.choice("bias", _Bias) is _Bias.INT32,
         concat_scales=top.choice("concat_scales", ConcatScales),
         weight_storage=top.choice("weight_storage", WeightStorage),
+        integer_clips=top.flag("integer_clips", True),
         ops=ops,
         float_reasons=dict(reasons),
     )

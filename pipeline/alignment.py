@@ -37,14 +37,14 @@ def align_and_smooth(
     config, source = job.config, job.source
     model = reference.clone()
     grids: dict[str, InputGrid] = {}
-    if _wanted(config, config.align_input):
+    if job.encodings is None and _wanted(config, config.align_input):
         job.progress.stage("align inputs")
         names = [value.name for value in model.graph.inputs if value.name and value.dtype == ir.DataType.FLOAT]
         grids = find_grids(source, names)
         aligned = AlignInputPass(grids)
         aligned(model)
         log.note(*aligned.notes)
-    if _wanted(config, config.smooth):
+    if job.encodings is None and _wanted(config, config.smooth):
         groups = smooth_groups(model)
         if groups:
             job.progress.stage("smooth")

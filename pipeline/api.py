@@ -18,17 +18,27 @@ from postquant.passes.plan import QuantPlan, write_atomically
 from postquant.passes.session import custom_operators
 from postquant.passes.target import Target, load_target
 from postquant.pipeline.broken_weights import broken_weights_told
+from postquant.pipeline.bundle.build import CALIBRATION_DATA, CONFORMANCE_SAMPLES, write_bundle
+from postquant.pipeline.bundle.manifest import Manifest
 from postquant.pipeline.checkpoint import Checkpoint
 from postquant.pipeline.config import QuantConfig
+from postquant.pipeline.encodings.read import read_encodings
 from postquant.pipeline.fingerprint import digest_file, digest_model, fingerprint, package_versions
+from postquant.pipeline.html.folder import WHAT_IS_MISSING, folder_page, pages_available, write_page
 from postquant.pipeline.inputs import ModelInput, external_files, model_file, open_calibration, read_data
 from postquant.pipeline.job import Job, Outcome
 from postquant.pipeline.load import load_model, save_model
 from postquant.pipeline.output import (
+    MANIFEST_FILE,
     MODEL_FILE,
+    PAGE_FILE,
     PLAN_FILE,
     REPORT_FILE,
+    RUN_FILE,
+    SIGNATURE_FILE,
+    STATISTICS_FILE,
     check_inputs_stay,
+    check_own,
     check_space,
     is_disk_full,
     output_error,
@@ -38,6 +48,7 @@ from postquant.pipeline.output import (
 )
 from postquant.pipeline.progress import NullProgress
 from postquant.pipeline.report import Report, RunStats
+from postquant.pipeline.run_costs import StageClock
 from postquant.pipeline.run_stats import StopWatch
 from postquant.pipeline.stages import run_pipeline
 from postquant.runtime_ops.errors import ConfigError, VerificationError
@@ -66,7 +77,7 @@ class QuantizationResult:
         return load_model(self.folder / MODEL_FILE, check=False)
 
     def save(self, out: str | os.PathLike[str]) -> None:
-        """Writes ``model.onnx``, ``plan.safetensors`` and ``report.json`` to another folder.
+        """Writes the result, with its bundle if it has one, to another folder.
 
         Raises:
             OutputError: If the folder cannot be written.
@@ -74,9 +85,18 @@ class QuantizationResult:
         target = pathlib.Path(out)
         with output_folder(target), _disk_full_told(target), Checkpoint(target, "", NullProgress().say) as checkpoint:
             staging = checkpoint.staging()
-            for name in (*self.report.files, REPORT_FILE):
+            for name in _files_of(self):
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.folder / name, staging / name)
             publish(staging, target)
+
+
+def _files_of(result: QuantizationResult) -> list[str]:
+    """Names of the files of a result; a later signature is part of it."""
+    if not (result.folder / MANIFEST_FILE).is_file():
+        return [*result.report.files, REPORT_FILE]
+    manifest = Manifest.load(result.folder)
+    return [*manifest.files, MANIFEST_FILE, *([] if manifest.signer is None else [SIGNATURE_FILE])]
 
 
 def quantize(
@@ -111,7 +131,7 @@ def quantize(
     watch = StopWatch()
     config = config or QuantConfig()
     target = target or load_target(config.target)
-    progress = progress or NullProgress()
+    clock = StageClock(progress or NullProgress())
     _check_libraries(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(custom_operators(config.custom_ops))
@@ -121,11 +141,13 @@ def quantize(
             stack.enter_context(_disk_full_told(folder))
             stack.enter_context(output_folder(folder))
         path = stack.enter_context(model_file(model))
-        progress.stage("read model")
-        job = _job(path, calibration, config, target, progress, folder)
+        clock.stage("read model")
+        job = _job(path, calibration, config, target, clock, folder)
         with broken_weights_told(job.model):
             plan, report, folder = _run_in_memory(job) if folder is None else _run_into(folder, job)
-    result = QuantizationResult(plan, report, watch.read(), folder)
+        stats = watch.read()
+        clock.read(stats).save(folder / RUN_FILE)
+    result = QuantizationResult(plan, report, stats, folder)
     if out is None:
         weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
     return result
@@ -151,7 +173,10 @@ def _job(
     size = sum(file.stat().st_size for file in (path, *external))
     if folder is not None:
         check_inputs_stay(folder, (path, *external))
+        if config.bundle:
+            check_own(folder)
         check_space(folder, size // 8)  # two-bit weights stored as such would take that much
+    encodings = None if config.encodings is None else read_encodings(pathlib.Path(config.encodings))
     source = open_calibration(calibration, model, config)
     data_digest, inputs = read_data(source, progress)
     report = Report(
@@ -166,7 +191,7 @@ def _job(
         inputs=inputs,
         notes=source.notes,
     )
-    return Job(model, source, config, target, report, progress=progress)
+    return Job(model, source, config, target, report, progress=progress, encodings=encodings)
 
 
 def _run_into(folder: pathlib.Path, job: Job) -> tuple[QuantPlan, Report, pathlib.Path]:
@@ -175,8 +200,12 @@ def _run_into(folder: pathlib.Path, job: Job) -> tuple[QuantPlan, Report, pathli
     with Checkpoint(folder, key, job.progress.say) as checkpoint:
         outcome = run_pipeline(dataclasses.replace(job, checkpoint=checkpoint))
         staging = checkpoint.staging()
-        report = _write(outcome, staging)
+        report = _write(outcome, staging, job.progress)
         if outcome.failure is None:
+            if job.config.bundle:
+                job.progress.stage("bundle")
+                picked = job.source.subset(CONFORMANCE_SAMPLES, job.config.seed)
+                write_bundle(staging, list(picked), job.target, source=CALIBRATION_DATA)
             publish(staging, folder)
             return outcome.plan, report, folder
         aside = put_aside(staging, folder, str(outcome.failure))
@@ -196,17 +225,24 @@ def _run_in_memory(job: Job) -> tuple[QuantPlan, Report, pathlib.Path]:
     if outcome.failure is not None:
         raise outcome.failure
     folder = pathlib.Path(tempfile.mkdtemp(prefix="postquant."))
-    return outcome.plan, _write(outcome, folder), folder
+    return outcome.plan, _write(outcome, folder, job.progress), folder
 
 
-def _write(outcome: Outcome, folder: pathlib.Path) -> Report:
-    """Writes the three files; returns the report as written."""
+def _write(outcome: Outcome, folder: pathlib.Path, progress: NullProgress) -> Report:
+    """Writes model, plan, statistics, report and page; returns the report as written."""
     save_model(outcome.model, folder / MODEL_FILE)
     size = sum(path.stat().st_size for path in folder.iterdir())
     outcome.plan.save(folder / PLAN_FILE)
+    write_atomically(folder / STATISTICS_FILE, outcome.statistics.to_bytes())
     digests = {path.name: digest_file(path) for path in sorted(folder.iterdir())}
     report = dataclasses.replace(outcome.report, size_after=size, files=digests)
     write_atomically(folder / REPORT_FILE, report.to_bytes())
+    if pages_available():
+        write_page(folder_page(folder), folder / PAGE_FILE)
+        report = dataclasses.replace(report, files={**digests, PAGE_FILE: digest_file(folder / PAGE_FILE)})
+        write_atomically(folder / REPORT_FILE, report.to_bytes())
+    else:
+        progress.say(f"{PAGE_FILE} is left out: {WHAT_IS_MISSING}")
     return Report.load(folder / REPORT_FILE)
 
 

@@ -19,6 +19,17 @@ from postquant.pipeline.stage_log import StageLog
 WORTH_DB = 1.0
 
 
+def borders_wanted(job: Job) -> bool:
+    """Whether borders are tried where an activation can have one.
+
+    Models for other tool chains have no operators of ours, unless they are asked for.
+    """
+    packed = job.target.weight_storage is WeightStorage.PACKED
+    if job.encodings is not None:  # borders come with other steps, and a vendor's numbers stay
+        return False
+    return job.config.border is Border.ON or (job.config.border is Border.AUTO and packed)
+
+
 def decide_borders(
     job: Job, reference: ir.Model, model: ir.Model, plan: QuantPlan, log: StageLog, *, threads: int
 ) -> QuantPlan:
@@ -36,8 +47,7 @@ def decide_borders(
         The plan, changed or not.
     """
     wanted = job.config.border
-    # Models for other tool chains have no operators of ours, unless they are asked for.
-    if wanted is Border.OFF or (wanted is Border.AUTO and job.target.weight_storage is not WeightStorage.PACKED):
+    if not borders_wanted(job):
         return plan
     if not border_sites(model, plan, bits=MOST_BITS)[0]:
         if wanted is Border.ON:

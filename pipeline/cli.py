@@ -5,27 +5,18 @@ Exit codes: 0 done; 2 a mistake in the input, told in one line; 3 the verificati
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import os
 import pathlib
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from postquant.pipeline.cli_bundle import bundle, conformance
 from postquant.pipeline.cli_options import option, read_options
+from postquant.pipeline.cli_session import console, print_json, progress_of, reading_settings, told
 from postquant.pipeline.config import QuantConfig
-from postquant.runtime_ops.errors import OutputError, PostquantError, VerificationError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from postquant.pipeline.progress import NullProgress
-
-_INTERRUPTED = 130
+from postquant.runtime_ops.errors import OutputError, VerificationError
 
 app = typer.Typer(
     name="postquant",
@@ -113,6 +104,8 @@ def quantize(
     max_positions: Annotated[str | None, option("max_positions")] = None,
     search_work: Annotated[str | None, option("search_work")] = None,
     verify_samples: Annotated[str | None, option("verify_samples")] = None,
+    bundle: Annotated[bool | None, option("bundle")] = None,
+    encodings: Annotated[str | None, option("encodings")] = None,
     custom_ops: CustomOps = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every layer in the table.")] = False,
     quiet: Quiet = False,
@@ -123,21 +116,21 @@ def quantize(
     Interrupted at any point, the same command goes on after the last finished stage.
     """
     given = dict(locals())
-    with _told("run the same command again to go on after the last finished stage"):
+    with told("run the same command again to go on after the last finished stage"):
         fields = QuantConfig.__dataclass_fields__
         options = read_options({name: value for name, value in given.items() if name in fields})
         settings = QuantConfig.from_toml(config, **options) if config else QuantConfig(**options)
         from postquant.pipeline.api import quantize as run
 
-        with _progress(quiet or as_json) as progress:
+        with progress_of(quiet or as_json) as progress:
             result = run(pathlib.Path(model), calib, settings, out=out, progress=progress)
         if as_json:
             run_stats = {"seconds": round(result.stats.seconds, 3), "peak_bytes": result.stats.peak_bytes}
-            _print_json({"report": result.report.to_json(), "run": run_stats, "out": out})
+            print_json({"report": result.report.to_json(), "run": run_stats, "out": out})
         elif not quiet:
             from postquant.pipeline.summary import print_summary
 
-            print_summary(result.report, result.stats, _console(), out=pathlib.Path(out), verbose=verbose)
+            print_summary(result.report, result.stats, console(), out=pathlib.Path(out), verbose=verbose)
 
 
 @app.command()
@@ -147,15 +140,15 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a model or a result holds: operators, bits, scales, what is float."""
-    with _told():
+    with told():
         from postquant.pipeline.inspection import inspect_model
         from postquant.pipeline.tables import print_inspection
 
-        inspection = inspect_model(pathlib.Path(path), custom_ops=_settings(None, custom_ops).custom_ops)
+        inspection = inspect_model(pathlib.Path(path), custom_ops=reading_settings(None, custom_ops).custom_ops)
         if as_json:
-            _print_json(inspection.to_json())
+            print_json(inspection.to_json())
         else:
-            print_inspection(inspection, _console())
+            print_inspection(inspection, console())
 
 
 @app.command()
@@ -163,54 +156,89 @@ def compare(
     fp32: Annotated[str, typer.Argument(metavar="FP32.onnx", help="The float model.")],
     quant: Annotated[str, typer.Argument(metavar="QUANT.onnx", help="The quantized model.")],
     data: Data,
+    html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Also write a page.")] = None,
     config: Config = None,
     custom_ops: CustomOps = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compare a quantized model with its float model, layer by layer and end to end."""
-    with _told():
+    with told():
+        if html is not None:
+            from postquant.pipeline.html.folder import require_pages
+
+            require_pages()
         from postquant.pipeline.compare import compare_models
         from postquant.pipeline.inputs import open_calibration
         from postquant.pipeline.load import load_model
         from postquant.pipeline.tables import print_comparison
 
-        with _progress(quiet or as_json) as progress:
-            settings = _settings(config, custom_ops)
+        with progress_of(quiet or as_json) as progress:
+            settings = reading_settings(config, custom_ops)
             source = open_calibration(data, load_model(fp32, check=False), settings)
             comparison = compare_models(fp32, quant, source, progress=progress, custom_ops=settings.custom_ops)
+        if html is not None:
+            from postquant.pipeline.html.compare_page import compare_page
+            from postquant.pipeline.html.folder import write_page
+
+            write_page(compare_page(comparison, fp32, quant), pathlib.Path(html))
         if as_json:
-            _print_json(comparison.to_json())
+            print_json(comparison.to_json())
         else:
-            print_comparison(comparison, _console())
+            print_comparison(comparison, console())
+
+
+@app.command()
+def report(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A result folder.")],
+    out: Annotated[
+        str | None,
+        typer.Option("--out", metavar="FILE", help="Write a new page there, with time and memory of the run."),
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Show the page about a result: DIR/report.html, which is written where it is missing."""
+    with told():
+        from postquant.pipeline.html.folder import ensure_page
+
+        page = ensure_page(pathlib.Path(directory), None if out is None else pathlib.Path(out)).resolve()
+        typer.echo(page)
+        if show and typer.launch(page.as_uri()) != 0:
+            raise OutputError("no browser could be started", where=str(page), hint="open the file yourself")
 
 
 @app.command()
 def verify(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A result folder.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR|ZIP", help="A result folder, or a bundle in one file.")],
     data: Annotated[
         str | None,
         typer.Option("--data", metavar="DATA", help="Samples; without them seeded random ones in the recorded range."),
+    ] = None,
+    public_key: Annotated[
+        str | None, typer.Option("--public-key", metavar="FILE", help="PEM file; the bundle must be signed with it.")
     ] = None,
     config: Config = None,
     custom_ops: CustomOps = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Check a result folder again: digests, ONNX checker, onnxruntime, plan against model, integers."""
-    with _told():
-        from postquant.pipeline.verify_folder import verify_folder
+    """Check a result again: digests, signature, ONNX checker, onnxruntime, plan against model, integers."""
+    with told():
+        from postquant.pipeline.bundle.signature import read_public_key
+        from postquant.pipeline.verify_folder import verify_archive, verify_folder
 
-        with _progress(quiet or as_json) as progress:
-            settings = _settings(config, custom_ops)
-            checks = verify_folder(pathlib.Path(directory), data, config=settings, progress=progress)
+        key = None if public_key is None else read_public_key(pathlib.Path(public_key))
+        with progress_of(quiet or as_json) as progress:
+            settings = reading_settings(config, custom_ops)
+            check = verify_archive if pathlib.Path(directory).is_file() else verify_folder
+            checks = check(pathlib.Path(directory), data, config=settings, progress=progress, public_key=key)
         if as_json:
             found = [dataclasses.asdict(check) for check in checks]
-            _print_json({"passed": all(check.passed for check in checks), "checks": found})
+            print_json({"passed": all(check.passed for check in checks), "checks": found})
         elif not quiet:
             from postquant.pipeline.summary import print_checks
 
-            print_checks(checks, _console())
+            print_checks(checks, console())
         failed = [f"{check.name}: {check.detail.rstrip('.')}" for check in checks if not check.passed]
         if failed:
             raise VerificationError("the verification failed", where=directory, found="; ".join(failed))
@@ -221,24 +249,28 @@ def demo(
     out: Annotated[str, typer.Option("--out", metavar="DIR", help="Folder for the results.")] = "postquant-demo",
 ) -> None:
     """Quantize a small network on handwritten digits and compare its accuracy with onnxruntime's quantizer."""
-    with _told():
+    with told():
         from postquant.pipeline.demo import run_demo
 
-        run_demo(pathlib.Path(out), _console())
+        run_demo(pathlib.Path(out), console())
 
 
 @app.command()
 def targets(as_json: Json = False) -> None:
     """List the built-in targets."""
-    with _told():
+    with told():
         from postquant.passes.target import builtin_targets, load_target
 
         found = [(name, load_target(name).description) for name in builtin_targets()]
         if as_json:
-            _print_json([{"name": name, "description": text} for name, text in found])
+            print_json([{"name": name, "description": text} for name, text in found])
         else:
             for name, text in found:
                 typer.echo(f"{name:<18} {text}")
+
+
+app.command()(bundle)
+app.command()(conformance)
 
 
 def main() -> None:
@@ -247,53 +279,3 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a name that the terminal cannot show is no reason to fail
     app()
-
-
-@contextlib.contextmanager
-def _told(resume: str | None = None) -> Iterator[None]:
-    """Turns errors into one line on standard error and an exit code."""
-    try:
-        yield
-        sys.stdout.flush()
-    except PostquantError as error:
-        raise _ended(str(error), error.exit_code) from None
-    except KeyboardInterrupt:
-        raise _ended(f"interrupted{f'; {resume}' if resume else ''}.", _INTERRUPTED) from None
-    except MemoryError:
-        raise _ended("not enough memory; use fewer or smaller calibration samples.", 2) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of the pipe has left
-        raise typer.Exit(0) from None
-    except OSError as error:
-        name = f" ({error.filename})" if error.filename else ""
-        raise _ended(f"{error.strerror or error}{name}.", OutputError.exit_code) from None
-
-
-def _settings(config: str | None, custom_ops: list[str] | None) -> QuantConfig:
-    """The settings of a command that only reads: those of a file, and libraries."""
-    options = read_options({"custom_ops": custom_ops})
-    return QuantConfig.from_toml(config, **options) if config else QuantConfig(**options)
-
-
-def _ended(text: str, code: int) -> typer.Exit:
-    prefix = "error: " if code != _INTERRUPTED else ""
-    typer.echo(prefix + " ".join(text.split()), err=True)
-    return typer.Exit(code)
-
-
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    stream = sys.stderr if stderr else sys.stdout
-    # Redirected output is not folded to 80 columns: a table in a file keeps whole names.
-    return Console(file=stream, width=None if stream.isatty() or "COLUMNS" in os.environ else 140, highlight=False)
-
-
-def _progress(silent: bool) -> NullProgress:
-    from postquant.pipeline.progress import BarProgress, NullProgress
-
-    return NullProgress() if silent else BarProgress(_console(stderr=True))
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))

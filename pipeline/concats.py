@@ -16,7 +16,13 @@ SAMPLES = 8
 
 
 def decide_concats(
-    model: ir.Model, plan: QuantPlan, source: CalibrationSource, log: StageLog, *, threads: int = 1
+    model: ir.Model,
+    plan: QuantPlan,
+    source: CalibrationSource,
+    log: StageLog,
+    *,
+    fixed: frozenset[str] = frozenset(),
+    threads: int = 1,
 ) -> QuantPlan:
     """Lets a Concat copy codes where that loses less than requantizing its inputs.
 
@@ -27,11 +33,12 @@ def decide_concats(
         plan: All activations are decided.
         source: Calibration data.
         log: Told how many share.
+        fixed: Stored tensors that keep their own numbers.
         threads: Threads of onnxruntime.
     """
     concats = [node for node in model.graph if node.op_type == "Concat" and node.name not in plan.floats]
     # Those of shapes and indices are none of ours, and a comparison of a large model is not free.
-    concats = [node for node in concats if share_concat(plan, node) is not plan]
+    concats = [node for node in concats if share_concat(plan, node) is not plan and not _stored(plan, node) & fixed]
     if not concats:
         return plan
     trial = Trial(model, source, samples=SAMPLES, threads=threads)
@@ -46,6 +53,12 @@ def decide_concats(
             plan, shared = together, shared + 1
     log.add("concatenations", f"{shared} of {len(concats)} copy codes, the others requantize their inputs")
     return plan
+
+
+def _stored(plan: QuantPlan, node: ir.Node) -> set[str]:
+    """The stored tensors that a node reads and writes."""
+    names = [value.name or "" for value in (*node.inputs, *node.outputs) if value is not None]
+    return {plan.shared.get(name, name) for name in names}
 
 
 def only(plan: QuantPlan, names: list[str]) -> QuantPlan:

@@ -218,7 +218,9 @@ class QuantConfig:
         above=0.0,
     )
     verify_samples: int = integer("samples on which the result is verified and measured", default=32, low=1)
+    bundle: bool = flag("write the hand-over bundle beside the model", default=True)
     custom_ops: tuple[str, ...] = paths("libraries with custom operators that the model needs")
+    encodings: str | None = text("a vendor's encodings whose numbers are kept", none="none")
     image: ImageConfig | None = record(ImageConfig, "preprocessing of a folder of images", none="none")
     override: tuple[OverrideConfig, ...] = records(OverrideConfig, "other settings for some nodes")
 
@@ -245,12 +247,24 @@ class QuantConfig:
                 expected="neither of them",
                 hint="[[override]] gives single layers a width",
             )
+        self._check_encodings()
         if self.weights in (Weights.POST, Weights.LUT) and self.method is not Method.EASYQUANT:
             raise ConfigError(
                 "code books of weights are searched by EasyQuant only",
                 where="weights, method",
                 expected='weights = "auto" or "int", or method = "easyquant"',
                 found=f'weights = "{self.weights.value}", method = "{self.method.value}"',
+            )
+
+    def _check_encodings(self) -> None:
+        """Refuses what would change the tensors that a vendor's numbers are about."""
+        changes = [name for name in ("align_input", "equalize", "cross_layer", "smooth") if getattr(self, name)]
+        changes += ["border"] if self.border is Border.ON else []
+        if self.encodings is not None and changes:
+            raise ConfigError(
+                "settings that change tensors do not go with a vendor's numbers for them",
+                where=f"encodings, {', '.join(changes)}",
+                hint=f"leave out encodings or {', '.join(changes)}",
             )
 
     @classmethod
@@ -282,6 +296,7 @@ class QuantConfig:
             f.name: _json(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in _WITHOUT_EFFECT
         }
         result["target"] = pathlib.PurePath(self.target).name
+        result["encodings"] = None if self.encodings is None else pathlib.PurePath(self.encodings).name
         result["custom_ops"] = [pathlib.PurePath(p).name for p in self.custom_ops]
         return result
 

@@ -104,6 +104,8 @@ class _Reader:
         folder = self.path.parent
         if "custom_ops" in values:
             values["custom_ops"] = tuple(str(folder / item) for item in values["custom_ops"])
+        if values.get("encodings") is not None:
+            values["encodings"] = str(folder / values["encodings"])
         if str(values.get("target", "")).endswith(".toml"):
             values["target"] = str(folder / values["target"])
 

@@ -58,7 +58,7 @@ def digest_model(path: pathlib.Path, external: Iterable[pathlib.Path]) -> str:
 
 
 def fingerprint(model_digest: str, data_digest: str, config: QuantConfig, target: Target) -> str:
-    """Hex digest of a run: model, data, settings, target, versions, and the operator libraries."""
+    """Hex digest of a run: model, data, settings, target, versions, and the files that they name."""
     record = {
         "model": model_digest,
         "data": data_digest,
@@ -66,5 +66,6 @@ def fingerprint(model_digest: str, data_digest: str, config: QuantConfig, target
         "versions": package_versions(),
         "target": repr(target),
         "libraries": [digest_file(pathlib.Path(library)) for library in config.custom_ops],
+        "encodings": None if config.encodings is None else digest_file(pathlib.Path(config.encodings)),
     }
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -11,8 +11,10 @@ from postquant.passes.plan import QuantPlan
 from postquant.passes.target import Target
 from postquant.pipeline.checkpoint import NullCheckpoint
 from postquant.pipeline.config import QuantConfig
+from postquant.pipeline.encodings.vendor import VendorEncodings
 from postquant.pipeline.progress import NullProgress
 from postquant.pipeline.report import Report
+from postquant.pipeline.tensor_statistics import Statistics
 from postquant.runtime_ops.errors import VerificationError
 
 
@@ -29,6 +31,7 @@ class Job:
             about the data. The pipeline returns it with the rest filled in (:func:`dataclasses.replace`).
         checkpoint: Where finished stages are kept.
         progress: Who is told.
+        encodings: A vendor's numbers to start from.
     """
 
     model: ir.Model
@@ -38,6 +41,7 @@ class Job:
     report: Report
     checkpoint: NullCheckpoint = dataclasses.field(default_factory=NullCheckpoint)
     progress: NullProgress = dataclasses.field(default_factory=NullProgress)
+    encodings: VendorEncodings | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +52,12 @@ class Outcome:
         model: The quantized model.
         plan: The plan that it was emitted from.
         report: The job's report, filled in except ``size_after`` and ``files``, which are known after writing.
+        statistics: What the report's pictures are drawn from.
         failure: Why the verification failed, or None.
     """
 
     model: ir.Model
     plan: QuantPlan
     report: Report
+    statistics: Statistics
     failure: VerificationError | None = None

@@ -25,6 +25,7 @@ def layer_reports(
     gains: Mapping[str, Mapping[str, float]],
     books: Mapping[str, Mapping[str, float]],
     sensitivity: Mapping[str, Mapping[str, float]],
+    history: Mapping[str, Mapping[str, float]],
 ) -> tuple[LayerReport, ...]:
     """One row per quantized Conv, ConvTranspose, Gemm and MatMul, in graph order.
 
@@ -35,6 +36,7 @@ def layer_reports(
         gains: Node -> stage -> gain in dB.
         books: Node -> code book of the weight -> SQNR that it would give.
         sensitivity: Node -> width -> SQNR of the outputs with this layer alone quantized.
+        history: Stage -> stored tensor -> SQNR after it.
     """
     measured = {item.name: item for item in quality}
     rows = []
@@ -67,6 +69,7 @@ def layer_reports(
                 weights=None if weight is None else weight.spec.code_book.value,
                 code_books=dict(books.get(node.name, {})),
                 sensitivity=dict(sensitivity.get(node.name, {})),
+                history={} if item is None else {s: db[item.name] for s, db in history.items() if item.name in db},
             )
         )
     return tuple(rows)

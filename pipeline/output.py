@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import shutil
@@ -21,7 +22,29 @@ FAILED_DIRECTORY = "failed-verification"
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 PLAN_FILE = "plan.safetensors"
+STATISTICS_FILE = "statistics.json"
 REPORT_FILE = "report.json"
+PAGE_FILE = "report.html"
+# Time and memory: written behind a result, part of none.
+RUN_FILE = "run.json"
+QDQ_FILE = "model.qdq.onnx"
+SETTINGS_FILE = "quant.toml"
+ENCODINGS_DIRECTORY = "encodings"
+CONFORMANCE_DIRECTORY = "conformance"
+README_FILE = "README.md"
+MANIFEST_FILE = "manifest.json"
+SIGNATURE_FILE = "manifest.sig"
+# What a bundle adds to the three files of a result; an older bundle's are replaced or removed.
+BUNDLE_NAMES = (
+    QDQ_FILE,
+    f"{QDQ_FILE}.data",
+    SETTINGS_FILE,
+    ENCODINGS_DIRECTORY,
+    CONFORMANCE_DIRECTORY,
+    README_FILE,
+    MANIFEST_FILE,
+    SIGNATURE_FILE,
+)
 _README = "README.txt"
 _PROBE_BYTES = 1 << 16
 
@@ -81,12 +104,38 @@ def check_inputs_stay(out: pathlib.Path, inputs: Iterable[pathlib.Path]) -> None
         OutputError: If it would.
     """
     inputs = tuple(inputs)
-    for name in (MODEL_FILE, DATA_FILE, PLAN_FILE, REPORT_FILE):
+    for name in (MODEL_FILE, DATA_FILE, PLAN_FILE, REPORT_FILE, QDQ_FILE, f"{QDQ_FILE}.data"):
         for path in inputs:
             if (out / name).exists() and path.exists() and os.path.samefile(out / name, path):
                 raise OutputError(
                     "the result would replace a file that the run reads", where=str(path), hint="choose another --out"
                 )
+
+
+def check_own(out: pathlib.Path) -> None:
+    """Checks that the files that a bundle would replace in the output folder are those of an older bundle.
+
+    Raises:
+        OutputError: If one is not: somebody's own README.md, for example.
+    """
+    own = _bundled(out)
+    for name in BUNDLE_NAMES:
+        if os.path.lexists(out / name) and name not in own:
+            raise OutputError(
+                "the bundle would replace a file that is not of an older bundle",
+                where=str(out / name),
+                hint="choose another --out, or leave the bundle out with --no-bundle",
+            )
+
+
+def _bundled(out: pathlib.Path) -> set[str]:
+    """The names at the top of a folder that its manifest speaks of, and the manifest; empty without one."""
+    try:
+        data = json.loads((out / MANIFEST_FILE).read_bytes())
+        listed = {str(name).split("/")[0] for name in data["files"]} & set(BUNDLE_NAMES)
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+    return listed | {MANIFEST_FILE, SIGNATURE_FILE}
 
 
 def is_disk_full(error: OSError) -> bool:
@@ -116,12 +165,19 @@ def publish(staging: pathlib.Path, out: pathlib.Path) -> None:
     Raises:
         OSError: If a file cannot be moved.
     """
+    old = _bundled(out)
     (out / REPORT_FILE).unlink(missing_ok=True)
     names = [p.name for p in sorted(staging.iterdir())]
-    for name in sorted(names, key=lambda n: (n == REPORT_FILE, n == MODEL_FILE, n)):
+    # The new manifest first: whatever happens, the next run knows which files are a bundle's.
+    for name in sorted(names, key=lambda n: (n == REPORT_FILE, n == MODEL_FILE, n != MANIFEST_FILE, n)):
+        if (staging / name).is_dir():
+            _remove(out / name)
         os.replace(staging / name, out / name)
-    if DATA_FILE not in names:
-        (out / DATA_FILE).unlink(missing_ok=True)
+    for name in (DATA_FILE, PAGE_FILE, RUN_FILE):
+        if name not in names:
+            (out / name).unlink(missing_ok=True)
+    for name in old.difference(names):
+        _remove(out / name)
     failed = out / FAILED_DIRECTORY
     if (failed / _README).exists():
         shutil.rmtree(failed)
@@ -146,6 +202,13 @@ def put_aside(staging: pathlib.Path, out: pathlib.Path, reason: str) -> pathlib.
     os.replace(staging, failed)
     _sync(out)
     return failed
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(folder: pathlib.Path) -> None:

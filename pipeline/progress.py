@@ -37,6 +37,10 @@ class NullProgress:
     def say(self, line: str) -> None:
         """One line worth reading: a resumed stage, a discarded checkpoint."""
 
+    def resumed(self, stage: str) -> None:
+        """An earlier run had finished a stage, and everything before it."""
+        self.say(f"resumed behind stage {stage!r}")
+
     def close(self) -> None:
         """Nothing more will come."""
 

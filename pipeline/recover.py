@@ -2,8 +2,8 @@
 
 A result folder holds no float model. It is put together again from the quantized model and its plan, so that the
 receiver can check one against the other: weights and biases are what their codes stand for, quantizers disappear, and
-where a quantizer stands for a Relu or Clip, a Clip to the range of its codes takes its place. Quantizing the recovered
-model by the plan gives the same codes.
+where a quantizer stands for a Relu or Clip, a Relu takes its place, or a Clip to the range of its codes. Quantizing the
+recovered model by the plan gives the same codes.
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ class _Recovery:
         if quantizer is None:
             raise VerificationError("a tensor is quantized, but not decided by the plan", where=name)
         low, high = seen.saturation or (quantizer.spec.qmin, quantizer.spec.qmax)
+        if low == int(quantizer.zero_point) and high == quantizer.spec.qmax:
+            return self._insert("Relu", [source], seen, name)  # the upper end is the quantizer's own
         bounds = []
         for end, code in (("low", low), ("high", high)):
             real = np.asarray((code - int(quantizer.zero_point)) * np.float64(quantizer.scale), np.float32)
@@ -109,8 +111,11 @@ class _Recovery:
             )
             self.graph.register_initializer(bound)
             bounds.append(bound)
-        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=source.shape)
-        node = ir.Node("", "Clip", [source, *bounds], outputs=[value], name=f"{name}_recovered")
+        return self._insert("Clip", [source, *bounds], seen, name)
+
+    def _insert(self, op_type: str, inputs: list[ir.Value], seen: Reading, name: str) -> ir.Value:
+        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=inputs[0].shape)
+        node = ir.Node("", op_type, inputs, outputs=[value], name=f"{name}_recovered")
         assert seen.quantize is not None
         self.graph.insert_before(seen.quantize, node)
         return value

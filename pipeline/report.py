@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import types
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -44,6 +45,7 @@ class LayerReport:
             weights alone; "... nearest" without compensated rounding.
         sensitivity: SQNR of the network's outputs in dB with this layer alone quantized, by the width of its weight
             ("w4") or of its input ("a4"); where bits were allocated.
+        history: Stage -> what ``sqnr_db`` was after it, on the same samples; without the last stage.
     """
 
     node: str
@@ -60,6 +62,7 @@ class LayerReport:
     weights: str | None = None
     code_books: Mapping[str, float] = dataclasses.field(default_factory=dict)
     sensitivity: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    history: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,7 +189,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values, with its schema version."""
-        return {"schema_version": SCHEMA_VERSION, **_encode(self)}
+        return {"schema_version": SCHEMA_VERSION, **encode_json(self)}
 
     def to_bytes(self) -> bytes:
         """The content of ``report.json``."""
@@ -214,7 +217,7 @@ class Report:
                 found="none" if version is None else f"{version}",
             )
         try:
-            report: Report = _decode(cls, data)
+            report: Report = decode_json(cls, data)
         except (TypeError, KeyError, AttributeError) as error:
             raise ModelError("the report is damaged", where=str(path), found=str(error)) from None
         return report
@@ -233,13 +236,14 @@ class RunStats:
     peak_bytes: int | None
 
 
-def _encode(value: Any) -> Any:
+def encode_json(value: Any) -> Any:
+    """Dataclasses, mappings and sequences as JSON values; six significant digits for numbers."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: encode_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(k): _encode(v) for k, v in value.items()}
+        return {str(k): encode_json(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
-        return [_encode(item) for item in value]
+        return [encode_json(item) for item in value]
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return value
     if hasattr(value, "__index__"):
@@ -256,13 +260,19 @@ def _number(value: float) -> float | None:
     return float(f"{value:.{_DIGITS}g}")
 
 
-def _decode(kind: Any, value: Any) -> Any:
-    """The inverse of :func:`_encode`, led by type hints."""
+def decode_json(kind: Any, value: Any) -> Any:
+    """The inverse of :func:`encode_json`, led by type hints.
+
+    Raises:
+        TypeError: If a value does not fit its type (KeyError and AttributeError likewise).
+    """
+    if isinstance(value, dict) and isinstance(kind, types.UnionType):  # a dataclass | None
+        kind = next((part for part in get_args(kind) if dataclasses.is_dataclass(part)), kind)
     if dataclasses.is_dataclass(kind):
         hints = get_type_hints(kind)
-        return kind(**{name: _decode(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
+        return kind(**{name: decode_json(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
     if get_origin(kind) is tuple:
-        return tuple(_decode(get_args(kind)[0], item) for item in value)
+        return tuple(decode_json(get_args(kind)[0], item) for item in value)
     if isinstance(value, list):  # a tuple | None
         return tuple(value)
     return value

@@ -31,6 +31,37 @@ from postquant.runtime_ops.quantizer import TensorQuantizer
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """One operator between quantizers, with everything that it reads.
+
+    Attributes:
+        op_type: Operator type; "MatMul" for one with the Add of a constant vector behind it, its third operand.
+        attributes: Its attributes as Python values.
+        operands: Its inputs; None where an optional one is absent.
+        kernel: What onnxruntime runs for it, "" if unknown.
+        output: Index of the operator's output.
+    """
+
+    op_type: str
+    attributes: Mapping[str, Any]
+    operands: tuple[Operand | None, ...]
+    kernel: str
+    output: int = 0
+
+    def law(self, out: Affine, opset: int) -> Prediction | None:
+        """Output codes in the format ``out``, None where no law describes the operator."""
+        return predict(
+            self.op_type,
+            self.attributes,
+            self.operands,
+            out,
+            kernel=self.kernel,
+            opset=opset,
+            output=self.output,
+        )
+
+
 class Simulation:
     """All stored tensors of an emitted model, and their laws.
 
@@ -42,7 +73,7 @@ class Simulation:
 
     def __init__(self, float_model: ir.Model, emitted: ir.Model, plan: QuantPlan) -> None:
         self._plan = plan
-        self._opset = float_model.graph.opset_imports.get("", 17)
+        self.opset = float_model.graph.opset_imports.get("", 17)
         self._emitted = {node.name: node for node in emitted.graph}
         self.stored = find_stored(float_model, emitted, plan)
         self._whole = {tensor.codes: tensor for tensor in self.stored}
@@ -59,21 +90,23 @@ class Simulation:
         Returns:
             The prediction, or None where no law describes the operator or it reads float activations.
         """
+        law = self.unlimited(tensor, arrays, feeds, optimized)
+        return None if law is None else self.limited(tensor, law)
+
+    def unlimited(self, tensor: Stored, arrays: Arrays, feeds: Arrays, optimized: OptimizedGraph) -> Prediction | None:
+        """The prediction in front of the clips of :meth:`limited`; arguments and result as of :meth:`predict`."""
         out = Affine.of(tensor.quantizer)
         if tensor.stored_codes is not None:
             assert tensor.stored_quantizer is not None
             real = Affine.of(tensor.stored_quantizer).real(arrays[tensor.stored_codes])
-            law: Prediction | None = (
-                quantized(real, out) if tensor.quantizer.border is None else self._bordered(tensor, real)
-            )
-        elif tensor.node is None:
-            law = quantized(np.asarray(feeds[tensor.source]), out)
-        else:
-            law = self._law(tensor, arrays, out, optimized)
-            for node in (tensor.node, biased_product(tensor.node)):
-                for value in () if node is None else node.inputs:
-                    release(None if value is None else value.const_value)
-        return None if law is None else self.limited(tensor, law)
+            return quantized(real, out) if tensor.quantizer.border is None else self._bordered(tensor, real)
+        if tensor.node is None:
+            return quantized(np.asarray(feeds[tensor.source]), out)
+        law = self._law(tensor, arrays, out, optimized)
+        for node in (tensor.node, biased_product(tensor.node)):
+            for value in () if node is None else node.inputs:
+                release(None if value is None else value.const_value)
+        return law
 
     def limited(self, tensor: Stored, law: Prediction) -> Prediction:
         """The prediction behind the clips of the float model and the code range of the format."""
@@ -107,15 +140,33 @@ class Simulation:
         written = self._emitted.get(node.name)
         if written is None or node.domain:
             return None
-        product = biased_product(node)
-        if product is not None:
-            return self._biased_product(tensor, product, arrays, out, optimized)
-        behind = moved_float(node, self._emitted.get(node.name))
+        behind = None if biased_product(node) is not None else moved_float(node, written)
         if behind is not None:
             return self._moved(tensor, behind, arrays, out, optimized)
         if node.op_type == "Reshape" and node.inputs[0] is not None:
             codes = self._operand(node, 0, node.inputs[0], written, arrays)
             return None if codes is None else self._reshaped(tensor, quantized(codes.real, out), arrays)
+        group = self.group(tensor, arrays, optimized)
+        return None if group is None else group.law(out, self.opset)
+
+    def group(self, tensor: Stored, arrays: Arrays, optimized: OptimizedGraph) -> Group | None:
+        """The operator of a stored tensor with the operands that it reads.
+
+        Args:
+            tensor: Which one.
+            arrays: Codes by name, at least ``tensor.needs``.
+            optimized: onnxruntime's graph, which tells the kernel.
+
+        Returns:
+            None where there is no single operator or it reads float activations.
+        """
+        node = tensor.node
+        written = None if node is None else self._emitted.get(node.name)
+        if node is None or written is None or node.domain:
+            return None
+        product = biased_product(node)
+        if product is not None:
+            return self._biased_product(tensor, product, arrays, optimized)
         operands: list[Operand | None] = []
         for index, value in enumerate(node.inputs):
             if value is None:
@@ -129,8 +180,7 @@ class Simulation:
         if node.op_type == "Gemm" and operands[1] is not None and operands[1].codes is not None:
             # They are part of the weight's scale and of the bias.
             attributes |= {"alpha": 1.0, "beta": 1.0}
-        kernel = optimized.kernel_of(written)
-        return predict(node.op_type, attributes, operands, out, kernel=kernel, opset=self._opset, output=tensor.output)
+        return Group(node.op_type, attributes, tuple(operands), optimized.kernel_of(written), tensor.output)
 
     def _moved(
         self, tensor: Stored, value: ir.Value, arrays: Arrays, out: Affine, optimized: OptimizedGraph
@@ -150,7 +200,7 @@ class Simulation:
         constants = [None if (v is None or v.const_value is None) else v.const_value.numpy() for v in node.inputs[1:]]
         slack = np.broadcast_to(np.asarray(law.slack), law.codes.shape)
         codes, moved, slack = (
-            evaluate(node.op_type, attributes, [np.ascontiguousarray(array), *constants], self._opset)[0]
+            evaluate(node.op_type, attributes, [np.ascontiguousarray(array), *constants], self.opset)[0]
             for array in (law.codes, law.value, slack)
         )
         return Prediction(codes, moved, slack)
@@ -169,8 +219,8 @@ class Simulation:
         return Prediction(law.codes.reshape(shape), law.value.reshape(shape), slack.reshape(shape))
 
     def _biased_product(
-        self, tensor: Stored, product: ir.Node, arrays: Arrays, out: Affine, optimized: OptimizedGraph
-    ) -> Prediction | None:
+        self, tensor: Stored, product: ir.Node, arrays: Arrays, optimized: OptimizedGraph
+    ) -> Group | None:
         """MatMul followed by an Add of a constant vector, which onnxruntime joins into one QGemm."""
         add, bias = tensor.node, semantics.bias_of(product)
         written = self._emitted.get(product.name)
@@ -187,7 +237,7 @@ class Simulation:
             operands.append(operand)
         operands.append(self._constant(add, at, bias, quantized_in_file=codes))
         kernel = optimized.by_value.get(tensor.codes, "")
-        return predict("MatMul", {}, operands, out, kernel=kernel, opset=self._opset)
+        return Group("MatMul", {}, tuple(operands), kernel)
 
     def _operand(self, node: ir.Node, index: int, value: ir.Value, written: ir.Node, arrays: Arrays) -> Operand | None:
         seen = reading(written.inputs[index]) if index < len(written.inputs) else None

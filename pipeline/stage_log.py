@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from postquant.calib.easyquant import LayerChange
+from postquant.calib.output_effect import Choice
 from postquant.pipeline.progress import NullProgress
 from postquant.pipeline.report import StageReport
 
@@ -24,6 +25,8 @@ class StageLog:
         layer_books: Node name -> code book of the weight -> SQNR in dB that it would give the layer's output.
         layer_noise: Node name -> width ("w4" of the weight, "a4" of the input) -> SQNR in dB of the network's outputs
             with this layer alone quantized; where bits were allocated.
+        tensor_effects: Key of an activation's quantizer -> its bits, and SQNR in dB of the outputs with it alone.
+        tensor_sqnr: Stage -> value name -> SQNR in dB of the stored tensor after it; measured again by a resumed run.
     """
 
     def __init__(self, progress: NullProgress) -> None:
@@ -32,6 +35,8 @@ class StageLog:
         self.layer_gains: dict[str, dict[str, float]] = {}
         self.layer_books: dict[str, dict[str, float]] = {}
         self.layer_noise: dict[str, dict[str, float]] = {}
+        self.tensor_effects: dict[str, tuple[int, float]] = {}
+        self.tensor_sqnr: dict[str, dict[str, float]] = {}
         self._progress = progress
         self._mark = (0, 0)
 
@@ -61,6 +66,10 @@ class StageLog:
                 f"samples and output positions, not at all of them ({shown})"
             )
 
+    def effects(self, choices: Mapping[str, Choice]) -> None:
+        """What each activation's quantizer alone does to the outputs."""
+        self.tensor_effects.update({key: (c.quantizer.spec.bits, c.effect_db) for key, c in choices.items()})
+
     def since_resume(self) -> dict[str, Any]:
         """Everything since the last saved stage, as JSON values for the next one."""
         stages, notes = self._mark
@@ -71,6 +80,7 @@ class StageLog:
             "gains": self.layer_gains,
             "books": self.layer_books,
             "noise": self.layer_noise,
+            "effects": self.tensor_effects,
         }
 
     def resume(self, stage: str, data: Any) -> None:
@@ -81,5 +91,6 @@ class StageLog:
         self.layer_gains.update(data["gains"])
         self.layer_books.update(data.get("books", {}))
         self.layer_noise.update(data.get("noise", {}))
+        self.tensor_effects.update({key: (bits, effect) for key, (bits, effect) in data.get("effects", {}).items()})
         self._mark = (len(self.stages), len(self.notes))
-        self._progress.say(f"resumed behind stage {stage!r}")
+        self._progress.resumed(stage)

@@ -51,6 +51,8 @@ from postquant.pipeline.borders import decide_borders
 from postquant.pipeline.budget import Budget, BudgetKind
 from postquant.pipeline.concats import decide_concats
 from postquant.pipeline.config import Method, QuantConfig
+from postquant.pipeline.describe import describe
+from postquant.pipeline.encodings.apply import apply_encodings
 from postquant.pipeline.input_readers import decide_input_readers
 from postquant.pipeline.job import Job, Outcome
 from postquant.pipeline.layer_reports import exact_post_note, float_reports, layer_reports, packing_note
@@ -59,6 +61,7 @@ from postquant.pipeline.methods import code_books, range_method
 from postquant.pipeline.parts import keep_parts
 from postquant.pipeline.prepare import Prepared, prepare
 from postquant.pipeline.stage_log import StageLog
+from postquant.pipeline.stage_quality import TENSOR_SAMPLES, measure_before_borders, measure_before_search
 from postquant.pipeline.verify import verify_model
 from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.quantizer import TensorQuantizer
@@ -96,13 +99,21 @@ def run_pipeline(job: Job) -> Outcome:
         reference = prepared.model
         model, plan = _change_graph(job, reference, log, folder, threads)
         fixed = _decided(plan)
-        plan = _decide_ranges(job, model, plan, log, threads)
+        plan = _decide_ranges(job, model, plan, log, threads, fixed=fixed)
+        measure_before_search(job, model, plan, log)
         plan = _search_scales(job, reference, model, plan, log, folder, threads, fixed=fixed)
         plan = learn(job, reference, model, plan, log, folder, threads=threads)
+        measure_before_borders(job, model, plan, log)
         plan = decide_borders(job, reference, model, plan, log, threads=threads)
         job.progress.stage("emit")
         plan = fit_biases(model, plan)
-        emitted = emit(model, plan, weight_storage=_weight_storage(job), exact_post=job.config.post_exact)
+        emitted = emit(
+            model,
+            plan,
+            weight_storage=_weight_storage(job),
+            exact_post=job.config.post_exact,
+            integer_clips=job.target.integer_clips,
+        )
         notes = (packing_note(model, plan, emitted), exact_post_note(model, plan, emitted, job.config))
         log.note(*(note for note in notes if note is not None))
         return _verify(job, prepared, model, plan, emitted, log)
@@ -169,13 +180,18 @@ def _change_graph(
     exact = _decided(plan)
     if exact:
         log.add("align inputs", f"quantized without loss: {', '.join(sorted(exact))}")
+    if job.encodings is not None:
+        applied = apply_encodings(model, plan, job.encodings, job.target)
+        plan = applied.plan
+        log.add("encodings", f"{len(applied.names)} of {job.encodings.size} tensors", kept=bool(applied.names))
+        log.note(*applied.notes(job.encodings))
     return _equalize(job, reference, model, plan, log, threads), plan
 
 
 def _equalize(job: Job, reference: ir.Model, model: ir.Model, plan: QuantPlan, log: StageLog, threads: int) -> ir.Model:
     """Per-channel scales between layers: those that are free, and the others, each kept only where it helps."""
     config = job.config
-    free, cross = _wanted(config, config.equalize), _wanted(config, config.cross_layer)
+    free, cross = _changes(job, config.equalize), _changes(job, config.cross_layer)
     if config.cross_layer is None and config.budget is None and min(config.wbits, config.abits) == 8:
         # Channels that calibration saw little of get large factors and clip on new data: at 8 bits that costs more than
         # it gains, and calibration samples do not show it (docs/easyquant.md).
@@ -204,7 +220,9 @@ def _equalize(job: Job, reference: ir.Model, model: ir.Model, plan: QuantPlan, l
     return model
 
 
-def _decide_ranges(job: Job, model: ir.Model, plan: QuantPlan, log: StageLog, threads: int) -> QuantPlan:
+def _decide_ranges(
+    job: Job, model: ir.Model, plan: QuantPlan, log: StageLog, threads: int, *, fixed: frozenset[str]
+) -> QuantPlan:
     """The range of every activation, and the starting scales of the weights."""
     saved = job.checkpoint.load("ranges")
     if saved is not None:
@@ -227,9 +245,10 @@ def _decide_ranges(job: Job, model: ir.Model, plan: QuantPlan, log: StageLog, th
         decided = dataclasses.replace(decided, plan=kept)
         log.add("choice of ranges", name)
     log.note(*decided.notes)
+    log.effects(decided.choices)
     plan = start_weights(model, decided.plan, p=config.lp if config.method is Method.MSE else None)
     if method is None:
-        plan = decide_concats(model, plan, source, log, threads=threads)
+        plan = decide_concats(model, plan, source, log, fixed=fixed, threads=threads)
         plan = decide_input_readers(model, plan, source, log, threads=threads)
     log.add("ranges", config.method.value)
     job.checkpoint.save("ranges", plan=plan, data=log.since_resume())
@@ -306,19 +325,29 @@ def _verify(
     """Compares the emitted model on onnxruntime with the plan and with the float model."""
     job.progress.stage("verify")
     samples = SubsetSource(job.source, spaced(len(job.source), job.config.verify_samples))
-    verification = verify_model(model, emitted, plan, samples, strict=False, reference=prepared.model)
+    verification = verify_model(
+        model, emitted, plan, samples, strict=False, reference=prepared.model, tensor_samples=TENSOR_SAMPLES
+    )
     for output in verification.outputs[:1]:
         log.add("verify", "onnxruntime against the plan", sqnr_db=output.sqnr_db)
     report = dataclasses.replace(
         job.report,
-        layers=layer_reports(model, plan, verification.quality, log.layer_gains, log.layer_books, log.layer_noise),
+        layers=layer_reports(
+            model,
+            plan,
+            verification.quality,
+            log.layer_gains,
+            log.layer_books,
+            sensitivity=log.layer_noise,
+            history=log.tensor_sqnr,
+        ),
         outputs=verification.outputs,
         floats=float_reports(model, plan),
         stages=tuple(log.stages),
         checks=verification.checks,
         notes=(*job.report.notes, *_unique(log.notes), *verification.notes),
     )
-    return Outcome(emitted, plan, report, verification.failure)
+    return Outcome(emitted, plan, report, describe(job, model, plan, log.tensor_effects), verification.failure)
 
 
 def _search_options(config: QuantConfig) -> SearchOptions:
@@ -356,9 +385,15 @@ def _wanted(config: QuantConfig, switch: bool | None) -> bool:
     return config.method is Method.EASYQUANT if switch is None else switch
 
 
+def _changes(job: Job, switch: bool | None) -> bool:
+    """Whether a technique that changes tensors is on; never with a vendor's numbers, which are about those tensors."""
+    return job.encodings is None and _wanted(job.config, switch)
+
+
 def _decided(plan: QuantPlan) -> frozenset[str]:
-    """Activations that have their numbers already."""
-    return frozenset(name for name, entry in plan.activations.items() if isinstance(entry, TensorQuantizer))
+    """Activations and weights that have their numbers already."""
+    tables = (plan.activations, plan.weights)
+    return frozenset(name for table in tables for name, e in table.items() if isinstance(e, TensorQuantizer))
 
 
 def _unique(notes: Sequence[str]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+import postquant
 from postquant.passes.emit import emit
 from postquant.passes.normalize import normalize
 from postquant.passes.place import PlacementSettings, place
@@ -152,3 +153,13 @@ def cases() -> Cases:
 def cnn(cases: Cases) -> Case:
     """The small network at 8 bits; tests must not change it."""
     return cases.build()
+
+
+@pytest.fixture(scope="session")
+def made(cnn: Case, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A bundle of the small network with packed 4-bit weights; tests must not change it."""
+    folder = tmp_path_factory.mktemp("made")
+    ir.save(cnn.model, folder / "net.onnx")
+    np.savez(folder / "calib.npz", image=np.concatenate([feed["image"] for feed in cnn.samples]))
+    config = postquant.QuantConfig(method="minmax", wbits=4, weight_storage="packed", seed=3)
+    return postquant.quantize(folder / "net.onnx", folder / "calib.npz", config, out=folder / "out").folder

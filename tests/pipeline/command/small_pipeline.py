@@ -20,6 +20,7 @@ import onnx_ir as ir
 from postquant.passes.emit import emit
 from postquant.passes.place import place
 from postquant.passes.plan import Entry, QuantPlan
+from postquant.pipeline.describe import describe
 from postquant.pipeline.job import Job, Outcome
 from postquant.pipeline.placement import placement_settings
 from postquant.pipeline.report import CheckReport, FloatReport, LayerReport, OutputReport, Report
@@ -97,7 +98,7 @@ def run_pipeline(job: Job) -> Outcome:
     if os.environ.get("FAIL_VERIFICATION"):
         failure = VerificationError("the simulation differs from onnxruntime", where="y")
     report = _filled_report(job, plan, passed=failure is None)
-    return Outcome(model, plan, report, failure)
+    return Outcome(model, plan, report, describe(job, job.model, plan, {}), failure)
 
 
 def _stop_after(stage: str) -> None:

@@ -20,7 +20,8 @@ from postquant.pipeline import api
 from postquant.pipeline.output import WORK_DIRECTORY
 from postquant.runtime_ops.errors import ConfigError, ModelError, OutputError, VerificationError
 
-FILES = ("model.onnx", "plan.safetensors", "report.json")
+RESULT = ("model.onnx", "plan.safetensors", "report.json", "report.html", "statistics.json")
+BUNDLE = ("manifest.json", "model.qdq.onnx", "quant.toml", "README.md", "encodings", "conformance")
 
 
 pytestmark = pytest.mark.usefixtures("quick_stages")
@@ -39,10 +40,10 @@ class Reader:
 def test_the_folder_holds_a_whole_result(network: pathlib.Path, samples: pathlib.Path, tmp_path: pathlib.Path) -> None:
     result = postquant.quantize(network, samples, out=tmp_path / "out")
     out = tmp_path / "out"
-    assert sorted(p.name for p in out.iterdir()) == sorted(FILES)
+    assert sorted(p.name for p in out.iterdir()) == sorted((*RESULT, *BUNDLE, "run.json"))
     for name, digest in result.report.files.items():
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest
-    assert set(result.report.files) == {"model.onnx", "plan.safetensors"}
+    assert set(result.report.files) == set(RESULT) - {"report.json"}
     assert result.report.size_after == (out / "model.onnx").stat().st_size
     assert result.report.size_before == network.stat().st_size
     assert result.report.samples == 6
@@ -56,7 +57,7 @@ def test_runs_are_equal_to_the_byte(network: pathlib.Path, samples: pathlib.Path
     one = postquant.quantize(network, samples, postquant.QuantConfig(threads=1), out=tmp_path / "one")
     two = postquant.quantize(network, samples, postquant.QuantConfig(threads=2))
     two.save(tmp_path / "two")
-    for name in FILES:
+    for name in RESULT:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert one.report == two.report
 
@@ -119,7 +120,7 @@ def test_a_failed_verification_is_kept_aside(
     with pytest.raises(VerificationError, match=r"the simulation differs.*kept aside in .*failed-verification"):
         postquant.quantize(network, samples, out=out)
     assert (out / "report.json").read_bytes() == good
-    assert sorted(p.name for p in (out / "failed-verification").iterdir()) == sorted((*FILES, "README.txt"))
+    assert sorted(p.name for p in (out / "failed-verification").iterdir()) == sorted((*RESULT, "README.txt"))
     assert not (out / WORK_DIRECTORY).exists()
     with pytest.raises(VerificationError):
         postquant.quantize(network, samples)

@@ -18,7 +18,9 @@ import postquant
 from postquant.pipeline.cli import app
 from postquant.pipeline.demo import load_digits
 
-FILES = ("model.onnx", "plan.safetensors", "report.json")
+# The manifest holds the digests of everything else that is handed over.
+FILES = ("model.onnx", "plan.safetensors", "report.json", "report.html", "statistics.json", "manifest.json")
+OTHERS = ("model.qdq.onnx", "quant.toml", "README.md", "encodings", "conformance", "run.json")
 
 # Kills the process right after the given number of stages was saved.
 _KILL_AFTER = """
@@ -69,7 +71,7 @@ def whole(digits: list[str], tmp_path_factory: pytest.TempPathFactory) -> pathli
 
 
 def test_the_result_is_sound(whole: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert sorted(path.name for path in whole.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in whole.iterdir()) == sorted((*FILES, *OTHERS))
     report = postquant.Report.load(whole / "report.json")
     assert report.passed
     assert report.checks

@@ -13,7 +13,9 @@ import pytest
 
 from postquant.pipeline.output import WORK_DIRECTORY
 
-FILES = ("model.onnx", "plan.safetensors", "report.json")
+# The manifest holds the digests of everything else that is handed over.
+FILES = ("model.onnx", "plan.safetensors", "report.json", "report.html", "statistics.json", "manifest.json")
+OTHERS = ("model.qdq.onnx", "quant.toml", "README.md", "encodings", "conformance", "run.json")
 STAGES = ("place", "weights", "activations")
 
 # The command with quick stages; {extra} is run before it.
@@ -81,10 +83,10 @@ def test_killed_after_every_stage(arguments: list[str], expected: list[bytes], t
     assert again.returncode == 0, again.stderr
     assert "resuming after 3 finished stages" in again.stderr
     assert _bytes(out) == expected
-    assert sorted(p.name for p in out.iterdir()) == sorted(FILES)
+    assert sorted(p.name for p in out.iterdir()) == sorted((*FILES, *OTHERS))
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 2, 6, 11])
 def test_killed_while_publishing(
     number: int, arguments: list[str], expected: list[bytes], tmp_path: pathlib.Path
 ) -> None:

@@ -193,8 +193,8 @@ def compensate(layer: Layer, problem: WeightProblem, quantizer: TensorQuantizer)
         .round(by_block / steps, lambda ratio: np.clip(np.rint(ratio), np.float32(spec.qmin), np.float32(spec.qmax)))
         .reshape(problem.matrix.shape)
     )
-    new_scale = scale
-    if spec.axis is not None:
+    new_scale, free = scale, spec.axis is not None and not spec.power_of_two
+    if free:
         inner, norm = problem.products(codes * scale)
         gain = np.where((inner > 0) & (norm > 0), inner / np.maximum(norm, 1e-300), 1.0)
         new_scale = np.maximum(scale * np.clip(gain, 0.5, 2.0)[:, np.newaxis].astype(np.float32), SMALLEST_SCALE)
@@ -202,7 +202,7 @@ def compensate(layer: Layer, problem: WeightProblem, quantizer: TensorQuantizer)
     if spec.axis is None:
         better = np.full_like(better, problem.error(codes * scale).sum() < problem.error(nearest * scale).sum())
     chosen = np.where(better[:, np.newaxis], codes, nearest)
-    if spec.axis is not None:
+    if free:
         scales = layer.per_scale(np.where(better[:, np.newaxis], new_scale, scale))
         quantizer = dataclasses.replace(quantizer, scale=scales)
     return dataclasses.replace(quantizer, codes=layer.tensor(chosen).astype(spec.container))

@@ -14,11 +14,10 @@ import tempfile
 from PIL import Image
 
 SIZE = 1460, 1000
-COLOURS = 160
 # Two windows on a desk, the head of the page and its histograms; a telephone with the graph, in the dark.
 FRAME = """<!doctype html><meta charset="utf-8"><style>
 body {{ margin: 0; background: #e4e1d8; width: {width}px; height: {height}px; overflow: hidden; position: relative; }}
-div {{ position: absolute; overflow: hidden; border-radius: 14px; box-shadow: 0 10px 34px #0003, 0 0 0 1px #0002; }}
+div {{ position: absolute; overflow: hidden; border-radius: 14px; box-shadow: 0 0 0 1px #0002, 0 2px 3px #0001; }}
 iframe {{ border: 0; position: absolute; left: 0; top: 0; width: 1060px; height: 12000px; }}
 #phone {{ width: 360px; color-scheme: dark; zoom: .8; }}
 </style>
@@ -59,7 +58,7 @@ def draw(page: pathlib.Path, out: pathlib.Path) -> None:
             (folder / "frame.html").as_uri(),
         ]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
-        picture = Image.open(folder / "shot.png").convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+        picture = Image.open(folder / "shot.png").convert("RGB").quantize(256, kmeans=3, dither=Image.Dither.NONE)
     picture.save(out, optimize=True)
 
 

@@ -43,7 +43,7 @@ from postquant.pipeline.output import (
     SIGNATURE_FILE,
 )
 from postquant.pipeline.recover import recover_float_model
-from postquant.pipeline.report import Report
+from postquant.pipeline.report import CheckReport, Report
 from postquant.runtime_ops.errors import VerificationError
 
 Feed = Mapping[str, npt.NDArray[Any]]
@@ -135,9 +135,7 @@ def _write_standard(
         save_model(standard.model, path)
         written, plain = load_model(path, check=False), without_borders(plan)
         recovered = recover_float_model(model, plan)
-        check = check_standard(folder, recovered, plan)
-        if not check.passed:
-            raise VerificationError("it does not hold the plan", found=check.detail)
+        _require(check_standard(folder, recovered, plan))
         needs = model_needs(written)
         conformance = write_conformance(folder / CONFORMANCE_DIRECTORY, written, recovered, plain, samples, source)
     except VerificationError as error:
@@ -146,6 +144,11 @@ def _write_standard(
         shutil.rmtree(folder / CONFORMANCE_DIRECTORY, ignore_errors=True)
         return _Standard(None, None, [f"{QDQ_FILE} and {CONFORMANCE_DIRECTORY}/ are left out: {error}"])
     return _Standard(needs, conformance, [f"{QDQ_FILE} differs from {MODEL_FILE}: {c}" for c in standard.changes])
+
+
+def _require(check: CheckReport) -> None:
+    if not check.passed:
+        raise VerificationError("a check of the bundle failed", where=check.name, found=check.detail)
 
 
 def _digests(folder: pathlib.Path, report: Report) -> dict[str, FileEntry]:

@@ -129,9 +129,9 @@ class _Comparison:
                 continue
             if got is not None:
                 worst = float(np.abs(got.astype(np.float64) - wanted).max(initial=0.0))
-                before = self.outputs.get(output.name)
-                known = 0.0 if before is None or before.worst is None else before.worst
-                self.outputs[output.name] = OutputResult(output.name, output.tolerance, max(worst, known))
+                earlier = self.outputs.get(output.name)
+                known = 0.0 if earlier is None or earlier.worst is None else earlier.worst
+                self.outputs[output.name] = OutputResult(output.name, output.tolerance, float(np.maximum(worst, known)))
         self.unknown.update(dumps.unused())
 
     def _tensor(

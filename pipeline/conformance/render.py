@@ -25,11 +25,11 @@ def _finite(value: Any) -> Any:
 
 def to_junit(result: Result) -> str:
     """JUnit XML: one test case per tensor and output, as continuous integration reads it."""
-    cases = [*result.tensors, *result.outputs]
-    failures = sum(case.failed for case in cases)
+    count = len(result.tensors) + len(result.outputs)
+    failures = sum(tensor.failed for tensor in result.tensors) + sum(output.failed for output in result.outputs)
     skipped = sum(tensor.status is Status.MISSING for tensor in result.tensors)
     suite = ElementTree.Element(
-        "testsuite", name="conformance", tests=str(len(cases)), failures=str(failures), skipped=str(skipped), errors="0"
+        "testsuite", name="conformance", tests=str(count), failures=str(failures), skipped=str(skipped), errors="0"
     )
     for tensor in result.tensors:
         name = _printable(tensor.tensor.codes)

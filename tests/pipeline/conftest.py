@@ -19,7 +19,8 @@ from postquant.passes.normalize import normalize
 from postquant.passes.place import PlacementSettings, place
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import make_session
-from postquant.passes.target import load_target
+from postquant.passes.target import WeightStorage, load_target
+from postquant.pipeline.config import Method
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 Feed = Mapping[str, npt.NDArray[Any]]
@@ -161,5 +162,5 @@ def made(cnn: Case, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("made")
     ir.save(cnn.model, folder / "net.onnx")
     np.savez(folder / "calib.npz", image=np.concatenate([feed["image"] for feed in cnn.samples]))
-    config = postquant.QuantConfig(method="minmax", wbits=4, weight_storage="packed", seed=3)
+    config = postquant.QuantConfig(method=Method.MINMAX, wbits=4, weight_storage=WeightStorage.PACKED, seed=3)
     return postquant.quantize(folder / "net.onnx", folder / "calib.npz", config, out=folder / "out").folder

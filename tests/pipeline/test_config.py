@@ -71,6 +71,7 @@ def test_every_key_can_be_read_from_a_file(tmp_path: pathlib.Path) -> None:
         max_positions = 100
         search_work = 2e12
         verify_samples = 8
+        bundle = false
         encodings = "none"
         custom_ops = ["lib.so"]
         target = "mine.toml"

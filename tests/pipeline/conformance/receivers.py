@@ -174,7 +174,7 @@ def _fixed_point(model: onnx.ModelProto) -> None:
         unit = x.astype(np.float64) * w.astype(np.float64)
         mantissa, exponent = np.frexp(unit / float(graph.array(node.input[1])))
         assert (exponent <= 0).all(), "a multiplier above one needs a shift to the left"
-        numbers = {
+        numbers: dict[str, npt.NDArray[Any]] = {
             "unit": unit.astype(np.float32),
             "m": np.rint(mantissa * 2.0**31).astype(np.int64),
             "power": (np.int64(1) << -exponent.astype(np.int64)),

@@ -67,8 +67,10 @@ def test_one_wrong_layer_is_blamed_alone(cnn_bundle: Any, receivers: Any, tmp_pa
         np.save(file, np.where(codes > np.median(codes), codes - 3, codes).astype(codes.dtype))
     result = compare_outputs(cnn_bundle.folder, tmp_path)
     assert [t.tensor.codes for t in result.tensors if t.failed] == [last]
-    assert result.first.worst == 3
-    assert result.first.fits == ()
+    first = result.first
+    assert first is not None
+    assert first.worst == 3
+    assert first.fits == ()
     assert "no rule that was tried explains it" in result.summary
 
 

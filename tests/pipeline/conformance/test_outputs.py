@@ -57,7 +57,7 @@ def test_every_way_to_write_arrays(cnn_bundle: Any, codes: Codes, tmp_path: path
         elif way == 5 and array.ndim == 4:
             np.save(tmp_path / f"{name}.npy", array.transpose(0, 2, 3, 1))
         else:
-            np.savez(tmp_path / f"{number}.npz", **{name: array.reshape(-1)})
+            write_arrays(tmp_path / f"{number}.npz", {name: array.reshape(-1)})
     (tmp_path / "names.json").write_text(json.dumps(raw))
     np.save(tmp_path / "something_else.npy", np.zeros(3))
     result = compare_outputs(cnn_bundle.folder, tmp_path)

@@ -2,8 +2,8 @@
 
 Two things are known of every layer. From the statistics, the relative error ``e(b)`` of the layer's own output at each
 width ``b`` (weights: :mod:`postquant.calib.weight_widths`; inputs: the expected error over the tensor's histogram).
-And, at a few widths ``a``, the error ``E(a)`` of the network's outputs with this layer alone quantized, measured end to end.
-Their quotient, what a layer's error is worth at the outputs, changes little with the width, so that
+And, at a few widths ``a``, the error ``E(a)`` of the network's outputs with this layer alone quantized, measured end to
+end. Their quotient, what a layer's error is worth at the outputs, changes little with the width, so that
 
     E(b) = e(b) * exp( log(E(a) / e(a)), interpolated over the widths a )
 

@@ -136,7 +136,7 @@ def train(x: torch.Tensor, y: torch.Tensor, *, epochs: int) -> DigitNet:
             chosen = order[start : start + batch]
             loss = functional.cross_entropy(network(augment(x[chosen], generator)), y[chosen], label_smoothing=0.05)
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
     return network.eval()

@@ -142,7 +142,7 @@ def quantize(
             stack.enter_context(output_folder(folder))
         path = stack.enter_context(model_file(model))
         clock.stage("read model")
-        job = _job(path, calibration, config, target, clock, folder)
+        job = open_job(path, calibration, config, target, clock, folder)
         with broken_weights_told(job.model):
             plan, report, folder = _run_in_memory(job) if folder is None else _run_into(folder, job)
         stats = watch.read()
@@ -159,7 +159,7 @@ def _check_libraries(config: QuantConfig) -> None:
             raise ConfigError("there is no such library of custom operators", where="custom_ops", found=library)
 
 
-def _job(
+def open_job(
     path: pathlib.Path,
     calibration: object,
     config: QuantConfig,
@@ -167,7 +167,11 @@ def _job(
     progress: NullProgress,
     folder: pathlib.Path | None,
 ) -> Job:
-    """Reads and checks everything that the run depends on."""
+    """Reads and checks everything that a run depends on; the folder, if there is one, is checked for it.
+
+    Raises:
+        PostquantError: If the model or the data cannot be used, or the folder has no room or holds the model.
+    """
     model = load_model(path)
     external = external_files(model)
     size = sum(file.stat().st_size for file in (path, *external))

@@ -96,6 +96,7 @@ def quantize(
     border: Annotated[str | None, option("border")] = None,
     learn: Annotated[bool | None, option("learn")] = None,
     effort: Annotated[str | None, option("effort")] = None,
+    max_layers: Annotated[str | None, option("max_layers")] = None,
     memory: Annotated[str | None, option("memory")] = None,
     device: Annotated[str | None, option("device")] = None,
     simplify: Annotated[bool | None, option("simplify")] = None,
@@ -131,6 +132,50 @@ def quantize(
             from postquant.pipeline.summary import print_summary
 
             print_summary(result.report, result.stats, console(), out=pathlib.Path(out), verbose=verbose)
+
+
+@app.command()
+def sensitivity(
+    model: Annotated[str, typer.Argument(metavar="MODEL.onnx", help="The float model.")],
+    calib: Annotated[str, typer.Option("--calib", metavar="DATA", help="Calibration samples, as for quantize.")],
+    wbits: Annotated[str | None, option("wbits")] = None,
+    abits: Annotated[str | None, option("abits")] = None,
+    budget: Annotated[str | None, option("budget")] = None,
+    weights: Annotated[str | None, option("weights")] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", metavar="FILE", help="quant.toml; options win over it.")
+    ] = None,
+    target: Annotated[str | None, option("target")] = None,
+    samples: Annotated[str | None, option("samples")] = None,
+    threads: Annotated[str | None, option("threads")] = None,
+    weight_storage: Annotated[str | None, option("weight_storage")] = None,
+    custom_ops: CustomOps = None,
+    picture: Annotated[
+        str | None, typer.Option("--picture", metavar="FILE.png", help="Draw layers and bits (extra report).")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Show what the bits of each layer do to the outputs, and which ones a budget would get."""
+    given = dict(locals())
+    with _told():
+        from postquant.pipeline.bits_picture import check_picture, draw_bits
+        from postquant.pipeline.sensitivity import measure_sensitivity
+        from postquant.pipeline.sensitivity_table import print_sensitivity
+
+        if picture is not None:
+            check_picture(pathlib.Path(picture))
+        fields = QuantConfig.__dataclass_fields__
+        options = read_options({name: value for name, value in given.items() if name in fields})
+        settings = QuantConfig.from_toml(config, **options) if config else QuantConfig(**options)
+        with _progress(quiet or as_json) as progress:
+            report = measure_sensitivity(pathlib.Path(model), calib, settings, progress=progress)
+        if picture is not None:
+            draw_bits(report, pathlib.Path(picture))
+        if as_json:
+            _print_json(report.to_json())
+        elif not quiet:
+            print_sensitivity(report, _console())
 
 
 @app.command()

@@ -75,7 +75,7 @@ def learn(
     if saved is not None:
         log.resume("learn", saved.data())
         return saved.plan()
-    blocks = learning_blocks(model, plan)
+    blocks = learning_blocks(model, plan, max_layers=job.config.max_layers)
     if not blocks:
         log.note("nothing was learned: no layer is quantized")
         return plan
@@ -96,11 +96,18 @@ def learn(
     return plan
 
 
-def learning_blocks(model: ir.Model, plan: QuantPlan) -> tuple[Block, ...]:
-    """All blocks; the layers whose weights are wider than the narrowest ones, such as the first and the last, alone."""
+def learning_blocks(model: ir.Model, plan: QuantPlan, *, max_layers: int = 6) -> tuple[Block, ...]:
+    """All blocks; the layers whose weights are wider than the narrowest ones, such as the first and the last, alone.
+
+    Args:
+        model: The float model that the plan is about.
+        plan: Its widths count.
+        max_layers: Quantized layers that a block may hold, at least 1.
+    """
     bits = _layer_bits(model, plan)
     narrowest = min(bits.values(), default=0)
-    return cut_blocks(model, set(bits), alone={name for name, width in bits.items() if width > narrowest})
+    alone = {name for name, width in bits.items() if width > narrowest}
+    return cut_blocks(model, set(bits), max_layers=max_layers, alone=alone)
 
 
 def _layer_bits(model: ir.Model, plan: QuantPlan) -> dict[str, int]:

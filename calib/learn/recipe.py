@@ -56,7 +56,7 @@ class Recipe:
     iterations: int
     rounding: Rounding = Rounding.FREE
     batch: int = 32
-    rounding_rate: float = 1e-3
+    rounding_rate: float = 1.5e-3
     bias_rate: float = 1e-3
     weight_scale_rate: float = 1e-3
     step_rate: float = 1e-3
@@ -82,8 +82,8 @@ def judging_samples(count: int, share: float) -> list[int]:
 
 
 # Steps per block, and multiply-accumulates that the forward runs of the whole network may take in the end.
-_ITERATIONS = {Effort.FAST: 500, Effort.NORMAL: 2000, Effort.MAX: 10000}
-_NETWORK_WORK = {Effort.FAST: 0.0, Effort.NORMAL: 6e11, Effort.MAX: 4e12}
+_ITERATIONS = {Effort.FAST: 500, Effort.NORMAL: 1000, Effort.MAX: 5000}
+_NETWORK_WORK = {Effort.FAST: 3.5e11, Effort.NORMAL: 7e11, Effort.MAX: 4e12}
 # A network of more multiply-accumulates per sample gets smaller batches, so that a step costs the same.
 _BATCH_WORK = 3.2e9
 _LEAST_BATCH, _MOST_BATCH = 8, 32

@@ -63,6 +63,7 @@ def test_every_key_can_be_read_from_a_file(tmp_path: pathlib.Path) -> None:
         border = "on"
         learn = true
         effort = "fast"
+        max_layers = 2
         memory = "500MB"
         device = "cuda"
         simplify = false

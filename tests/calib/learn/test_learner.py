@@ -8,27 +8,26 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from postquant.calib.input_spec import input_specs  # noqa: E402
-from postquant.calib.learn.block_cache import BlockCache  # noqa: E402
-from postquant.calib.learn.block_quantizers import BlockQuantizers  # noqa: E402
-from postquant.calib.learn.executor import constant_values, run_nodes  # noqa: E402
-from postquant.calib.learn.learner import LearnedBlock, Learner  # noqa: E402
-from postquant.calib.learn.recipe import Recipe, Rounding  # noqa: E402
-from postquant.calib.observers import MinMax  # noqa: E402
-from postquant.calib.open_source import open_source  # noqa: E402
-from postquant.calib.ranges import method_ranges  # noqa: E402
-from postquant.calib.source import CalibrationSource  # noqa: E402
-from postquant.calib.weight_start import start_weights  # noqa: E402
-from postquant.passes.blocks import Block, cut_blocks  # noqa: E402
-from postquant.passes.emit import emit  # noqa: E402
-from postquant.passes.place import PlacementSettings, place  # noqa: E402
-from postquant.passes.plan import QuantPlan  # noqa: E402
-from postquant.passes.session import make_session  # noqa: E402
-from postquant.passes.target import load_target  # noqa: E402
-from postquant.runtime_ops.quantizer import TensorQuantizer  # noqa: E402
+from postquant.calib.input_spec import input_specs
+from postquant.calib.learn.block_cache import BlockCache
+from postquant.calib.learn.block_quantizers import BlockQuantizers
+from postquant.calib.learn.executor import constant_values, run_nodes
+from postquant.calib.learn.learner import LearnedBlock, Learner
+from postquant.calib.learn.recipe import Recipe, Rounding
+from postquant.calib.observers import MinMax
+from postquant.calib.open_source import open_source
+from postquant.calib.ranges import method_ranges
+from postquant.calib.source import CalibrationSource
+from postquant.calib.weight_start import start_weights
+from postquant.passes.blocks import Block, cut_blocks
+from postquant.passes.emit import emit
+from postquant.passes.place import PlacementSettings, place
+from postquant.passes.plan import QuantPlan
+from postquant.passes.session import make_session
+from postquant.passes.target import load_target
+from postquant.runtime_ops.quantizer import TensorQuantizer
 
 CPU = torch.device("cpu")
 NETWORK = """

@@ -2,15 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from postquant.calib.learn.quantizers import ActivationQuantizer, DropMasks, LearnedBias, fake_quantize  # noqa: E402
-from postquant.calib.learn.recipe import Rounding  # noqa: E402
-from postquant.calib.learn.weights import weight_quantizer  # noqa: E402
-from postquant.runtime_ops.code_book import CodeBook  # noqa: E402
-from postquant.runtime_ops.quantizer import TensorQuantizer  # noqa: E402
-from postquant.runtime_ops.spec import QuantSpec  # noqa: E402
+from postquant.calib.learn.quantizers import ActivationQuantizer, DropMasks, LearnedBias, fake_quantize
+from postquant.calib.learn.recipe import Rounding
+from postquant.calib.learn.weights import weight_quantizer
+from postquant.runtime_ops.code_book import CodeBook
+from postquant.runtime_ops.quantizer import TensorQuantizer
+from postquant.runtime_ops.spec import QuantSpec
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)

@@ -1,10 +1,8 @@
 """Learning and judging samples are disjoint, and batches hold samples of equal shapes."""
 
-import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from postquant.calib.learn.sample_split import SampleSplit  # noqa: E402
+from postquant.calib.learn.sample_split import SampleSplit
 
 
 def _split(groups: list[list[int]], seed: int = 0) -> SampleSplit:

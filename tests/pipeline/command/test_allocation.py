@@ -1,0 +1,129 @@
+"""The commands with a budget: what they choose, write and refuse."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from typer.testing import CliRunner
+
+from postquant.pipeline.cli import app
+from postquant.pipeline.report import Report
+
+NETWORK = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N, 4, 5, 5] x) => (float[N, 4] y)
+    <float[32, 4, 3, 3] w0, float[32] b0, float[32, 32, 3, 3] w1, float[32] b1, float[32, 32, 3, 3] w2, float[32] b2,
+     float[4, 32] w3, float[4] b3> {
+      [stem] c0 = Conv <pads = [1, 1, 1, 1]> (x, w0, b0)
+      [relu0] r0 = Relu (c0)
+      [conv1] c1 = Conv <pads = [1, 1, 1, 1]> (r0, w1, b1)
+      [relu1] r1 = Relu (c1)
+      [conv2] c2 = Conv <pads = [1, 1, 1, 1]> (r1, w2, b2)
+      [sum] a = Add (c2, r0)
+      [relu2] r2 = Relu (a)
+      [pool] p = GlobalAveragePool (r2)
+      [flat] f = Flatten (p)
+      [head] y = Gemm <transB = 1> (f, w3, b3)
+    }
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("net")
+    model = onnx.parser.parse_model(NETWORK)
+    rng = np.random.default_rng(0)
+    for value in model.graph.value_info:
+        shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        array = rng.standard_normal(shape).astype(np.float32) * np.float32(0.1)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, value.name))
+    onnx.save_model(model, folder / "net.onnx")
+    np.savez(folder / "calib.npz", x=rng.standard_normal((8, 4, 5, 5)).astype(np.float32))
+    return folder
+
+
+def _run(folder: pathlib.Path, command: str, *arguments: str) -> tuple[int, str]:
+    given = [command, str(folder / "net.onnx"), "--calib", str(folder / "calib.npz"), *arguments]
+    result = CliRunner().invoke(app, given)
+    return result.exit_code, result.output
+
+
+def _quantize(folder: pathlib.Path, name: str, *arguments: str) -> Report:
+    code, output = _run(folder, "quantize", "--out", str(folder / name), "--quiet", *arguments)
+    assert code == 0, output
+    return Report.load(folder / name / "report.json")
+
+
+def test_size(folder: pathlib.Path) -> None:
+    report = _quantize(folder, "size", "--budget", "size=0.3x")
+    size = (folder / "size" / "model.onnx").stat().st_size
+    assert size <= 0.3 * (folder / "net.onnx").stat().st_size
+    widths = {layer.node: layer.wbits for layer in report.layers}
+    assert min(bits for bits in widths.values() if bits) < 8
+    (stage,) = (stage for stage in report.stages if stage.name == "bit allocation")
+    assert stage.detail.startswith("size=0.3x")
+    assert report.layers[0].sensitivity["w2"] < report.layers[0].sensitivity["w8"]
+    assert {layer.abits for layer in report.layers} == {8}
+
+
+def test_bit_operations_choose_inputs_too(folder: pathlib.Path) -> None:
+    report = _quantize(folder, "bitops", "--budget", "bitops=0.3x")
+    spatial = {"stem": 25 * 36 * 32, "conv1": 25 * 288 * 32, "conv2": 25 * 288 * 32, "head": 32 * 4}
+    total = sum(spatial[layer.node] * (layer.wbits or 0) * (layer.abits or 0) for layer in report.layers)
+    assert total <= 0.3 * 64 * sum(spatial.values())
+    assert total > 0.2 * 64 * sum(spatial.values())
+    assert len({layer.abits for layer in report.layers} | {8}) > 1
+
+
+def test_sqnr(folder: pathlib.Path) -> None:
+    report = _quantize(folder, "sqnr", "--budget", "sqnr=22")
+    (stage,) = (stage for stage in report.stages if stage.name == "bit allocation")
+    assert stage.sqnr_db is not None
+    assert stage.sqnr_db >= 22
+    assert min(layer.wbits or 8 for layer in report.layers) < 8
+
+
+def test_override_wins(folder: pathlib.Path) -> None:
+    config = folder / "quant.toml"
+    config.write_text('[[override]]\nnode = "conv1"\nwbits = 6\n', encoding="utf-8")
+    report = _quantize(folder, "override", "--budget", "size=0.35x", "--config", str(config))
+    assert {layer.node: layer.wbits for layer in report.layers}["conv1"] == 6
+
+
+def test_budget_out_of_reach(folder: pathlib.Path) -> None:
+    code, output = _run(folder, "quantize", "--out", str(folder / "none"), "--budget", "size=0.01x")
+    assert code == 2
+    assert "no choice of bits keeps the budget" in output
+    assert not (folder / "none" / "model.onnx").exists()
+
+
+def test_sensitivity_as_json_and_table(folder: pathlib.Path) -> None:
+    code, output = _run(folder, "sensitivity", "--json")
+    assert code == 0, output
+    rows = json.loads(output)["rows"]
+    assert [row["node"] for row in rows] == ["stem", "conv1", "conv2", "head"]
+    assert set(rows[1]["weight_db"]) == set(rows[1]["input_db"]) == {str(bits) for bits in range(2, 9)}
+    assert set(rows[1]["formats"]["4"]) == {"int", "post", "lut"}
+    assert rows[0]["wbits"] is None
+    code, output = _run(folder, "sensitivity", "--budget", "size=0.3x")
+    assert code == 0, output
+    assert "budget size=0.3x" in output
+    assert "conv2" in output
+
+
+def test_picture(folder: pathlib.Path) -> None:
+    pytest.importorskip("matplotlib")
+    first, second = folder / "a.png", folder / "b.png"
+    for path in (first, second):
+        code, output = _run(folder, "sensitivity", "--budget", "size=0.3x", "--quiet", "--picture", str(path))
+        assert code == 0, output
+    assert first.read_bytes()[:4] == b"\x89PNG"
+    assert first.read_bytes() == second.read_bytes()
+    code, output = _run(folder, "sensitivity", "--picture", str(folder / "a.txt"))
+    assert code == 2
+    assert "unknown format" in output

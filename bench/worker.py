@@ -71,7 +71,8 @@ def run_postquant(job: Job) -> dict[str, float]:
     """Quantizes with postquant."""
     import postquant
 
-    config = postquant.QuantConfig(wbits=job.wbits, abits=job.abits, **job.options)
+    # What is measured is the quantization; the bundle is a copy of it for others.
+    config = postquant.QuantConfig(wbits=job.wbits, abits=job.abits, bundle=False, **job.options)
     out = pathlib.Path(job.out)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         clock = Clock()

@@ -53,6 +53,9 @@ from postquant.pipeline.run_stats import StopWatch
 from postquant.pipeline.stages import run_pipeline
 from postquant.runtime_ops.errors import ConfigError, VerificationError
 
+# A larger model is bundled only when that is asked for.
+_LARGEST_BUNDLED = 256 << 20
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizationResult:
@@ -177,7 +180,7 @@ def open_job(
     size = sum(file.stat().st_size for file in (path, *external))
     if folder is not None:
         check_inputs_stay(folder, (path, *external))
-        if config.bundle:
+        if _bundled(config, size):
             check_own(folder)
         check_space(folder, size // 8)  # two-bit weights stored as such would take that much
     encodings = None if config.encodings is None else read_encodings(pathlib.Path(config.encodings))
@@ -198,6 +201,11 @@ def open_job(
     return Job(model, source, config, target, report, progress=progress, encodings=encodings)
 
 
+def _bundled(config: QuantConfig, size: int) -> bool:
+    """Whether a bundle is written; of a large model only when it is asked for: it has the weights three times."""
+    return size < _LARGEST_BUNDLED if config.bundle is None else config.bundle
+
+
 def _run_into(folder: pathlib.Path, job: Job) -> tuple[QuantPlan, Report, pathlib.Path]:
     """Runs with checkpoints, and publishes the result or puts it aside."""
     key = fingerprint(job.report.model_sha256, job.report.data_sha256, job.config, job.target)
@@ -206,10 +214,12 @@ def _run_into(folder: pathlib.Path, job: Job) -> tuple[QuantPlan, Report, pathli
         staging = checkpoint.staging()
         report = _write(outcome, staging, job.progress)
         if outcome.failure is None:
-            if job.config.bundle:
+            if _bundled(job.config, job.report.size_before):
                 job.progress.stage("bundle")
                 picked = job.source.subset(CONFORMANCE_SAMPLES, job.config.seed)
                 write_bundle(staging, list(picked), job.target, source=CALIBRATION_DATA)
+            elif job.config.bundle is None:
+                job.progress.say("the model is large: `postquant bundle` writes the hand-over bundle")
             publish(staging, folder)
             return outcome.plan, report, folder
         aside = put_aside(staging, folder, str(outcome.failure))

@@ -158,7 +158,7 @@ def sensitivity(
 ) -> None:
     """Show what the bits of each layer do to the outputs, and which ones a budget would get."""
     given = dict(locals())
-    with _told():
+    with told():
         from postquant.pipeline.bits_picture import check_picture, draw_bits
         from postquant.pipeline.sensitivity import measure_sensitivity
         from postquant.pipeline.sensitivity_table import print_sensitivity
@@ -168,14 +168,14 @@ def sensitivity(
         fields = QuantConfig.__dataclass_fields__
         options = read_options({name: value for name, value in given.items() if name in fields})
         settings = QuantConfig.from_toml(config, **options) if config else QuantConfig(**options)
-        with _progress(quiet or as_json) as progress:
+        with progress_of(quiet or as_json) as progress:
             report = measure_sensitivity(pathlib.Path(model), calib, settings, progress=progress)
         if picture is not None:
             draw_bits(report, pathlib.Path(picture))
         if as_json:
-            _print_json(report.to_json())
+            print_json(report.to_json())
         elif not quiet:
-            print_sensitivity(report, _console())
+            print_sensitivity(report, console())
 
 
 @app.command()

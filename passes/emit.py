@@ -85,9 +85,7 @@ def emit(
 
 
 class _Emission:
-    def __init__(
-        self, model: ir.Model, plan: QuantPlan, weight_storage: WeightStorage, *, integer_clips: bool
-    ) -> None:
+    def __init__(self, model: ir.Model, plan: QuantPlan, weight_storage: WeightStorage, *, integer_clips: bool) -> None:
         self.graph = model.graph
         self.integer_clips = integer_clips
         self.plan = plan

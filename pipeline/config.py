@@ -79,7 +79,7 @@ class OverrideConfig:
         node: Pattern of node names in the simplified model (``*`` and ``?`` as in a shell), or None for any.
         op_type: Operator type ("Conv"), or None for any.
         wbits: Bits of the weights of these nodes, 2 to 8.
-        abits: Bits of the inputs of these nodes, 2 to 8.
+        abits: Bits of the inputs of these nodes, 2 to 8, or 16 where the target has them.
         float: True leaves these nodes in float; False quantizes what an earlier override left in float.
         symmetric: Whether the stored outputs of these nodes have a symmetric range.
 
@@ -90,7 +90,7 @@ class OverrideConfig:
     node: str | None = text("pattern of node names", none="any")
     op_type: str | None = text("operator type", none="any")
     wbits: int | None = integer("bits of the weights", low=2, high=8, none="unchanged")
-    abits: int | None = integer("bits of the inputs", low=2, high=8, none="unchanged")
+    abits: int | None = integer("bits of the inputs", low=2, high=8, also=16, none="unchanged")
     float: bool | None = flag("leave these nodes in float", none="unchanged")
     symmetric: bool | None = flag("symmetric range of the outputs", none="unchanged")
 
@@ -161,7 +161,13 @@ class QuantConfig:
     """
 
     wbits: int = integer("bits of the weights", default=8, low=2, high=8)
-    abits: int = integer("bits of the inputs of Conv, ConvTranspose, Gemm and MatMul", default=8, low=2, high=8)
+    abits: int = integer(
+        "bits of the inputs of Conv, ConvTranspose, Gemm and MatMul; 16 where the target has them",
+        default=8,
+        low=2,
+        high=8,
+        also=16,
+    )
     budget: str | None = formatted("choose the bits of every layer within it", EXAMPLES, Budget.read, none="none")
     weights: Weights = choice(Weights, "values of weights of 2 and 4 bits", default=Weights.AUTO)
     method: Method = choice(Method, "how scales are chosen", default=Method.EASYQUANT)
@@ -181,7 +187,13 @@ class QuantConfig:
     depthwise_bits: int | None = integer(
         "bits of the weights of depthwise convolutions where wbits is lower", low=2, high=8, none="same"
     )
-    sums_bits: int = integer("bits of residual sums, pooling and other element-wise tensors", default=8, low=2, high=8)
+    sums_bits: int = integer(
+        "bits of residual sums, pooling and other element-wise tensors; 16 where the target has them",
+        default=8,
+        low=2,
+        high=8,
+        also=16,
+    )
     objective: Objective = choice(Objective, "EasyQuant: what layer outputs are compared by", default=Objective.COSINE)
     alpha: float = number("EasyQuant: smallest candidate, as a multiple of the starting scale", default=0.5, above=0.0)
     beta: float = number("EasyQuant: largest candidate, as a multiple of the starting scale", default=2.0, above=0.0)

@@ -152,19 +152,22 @@ def integer(
     default: Any = _MISSING,
     low: int | None = None,
     high: int | None = None,
+    also: int | None = None,
     none: str | None = None,
     length: tuple[int, ...] | None = None,
 ) -> Any:
-    """A whole number in ``[low, high]``, or a list of as many as ``length`` allows."""
+    """A whole number in ``[low, high]``, or ``also``, or a list of as many as ``length`` allows."""
 
     def convert(value: Any) -> int:
         if hasattr(value, "__index__") and not isinstance(value, bool):
             whole = int(value.__index__())
+            if whole == also:
+                return whole
             if (low is None or whole >= low) and (high is None or whole <= high):
                 return whole
         raise BadValueError(shown(value))
 
-    allowed = f"a whole number{_range(low, high, None)}"
+    allowed = f"a whole number{_range(low, high, None)}" + ("" if also is None else f", or {also}")
     if length is None:
         return _field(Setting(doc, allowed, convert, none), default)
     return _field(Setting(doc, _count(length) + allowed, _many(convert, length), none), default)

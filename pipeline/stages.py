@@ -40,17 +40,16 @@ from postquant.calib.weight_search import Objective as SearchObjective
 from postquant.calib.weight_search import SearchOptions
 from postquant.calib.weight_start import start_weights
 from postquant.passes.biases import fit_biases
-from postquant.passes.emit import INT4_OPSET, emit
+from postquant.passes.emit import emit
 from postquant.passes.equalize import EqualizePass
-from postquant.passes.opset import opset_of
 from postquant.passes.plan import QuantPlan
-from postquant.passes.target import WeightStorage
 from postquant.pipeline.alignment import align_and_smooth
 from postquant.pipeline.allocation import Chosen, choose_bits, decide_bits, study
 from postquant.pipeline.borders import decide_borders
 from postquant.pipeline.budget import Budget, BudgetKind
 from postquant.pipeline.concats import decide_concats
 from postquant.pipeline.config import Method, QuantConfig
+from postquant.pipeline.containers import check_containers, least_opset, weight_storage
 from postquant.pipeline.describe import describe
 from postquant.pipeline.encodings.apply import apply_encodings
 from postquant.pipeline.input_readers import decide_input_readers
@@ -63,7 +62,6 @@ from postquant.pipeline.prepare import Prepared, prepare
 from postquant.pipeline.stage_log import StageLog
 from postquant.pipeline.stage_quality import TENSOR_SAMPLES, measure_before_borders, measure_before_search
 from postquant.pipeline.verify import verify_model
-from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 # Samples on which the simplified model is compared with the original.
@@ -110,7 +108,7 @@ def run_pipeline(job: Job) -> Outcome:
         emitted = emit(
             model,
             plan,
-            weight_storage=_weight_storage(job),
+            weight_storage=weight_storage(job),
             exact_post=job.config.post_exact,
             integer_clips=job.target.integer_clips,
         )
@@ -138,36 +136,15 @@ def _simplify(job: Job, log: StageLog, folder: pathlib.Path) -> Prepared:
     prepared = prepare(
         job.model,
         list(job.source.read(spaced(len(job.source), _PREPARE_SAMPLES))),
-        opset=_least_opset(job),
+        opset=least_opset(job),
         simplify=job.config.simplify,
         custom_ops=job.config.custom_ops,
         folder=folder,
     )
-    _check_storage(job, prepared.model)
+    check_containers(job, prepared.model)
     log.add("simplify", f"largest difference of an output from the original: {prepared.max_abs_error:.3g}")
     log.note(*prepared.notes)
     return prepared
-
-
-def _weight_storage(job: Job) -> WeightStorage:
-    return job.config.weight_storage or job.target.weight_storage
-
-
-def _least_opset(job: Job) -> int:
-    """What the target wants, or the container of the weights."""
-    return max(job.target.min_opset, INT4_OPSET if _weight_storage(job) is WeightStorage.INT4 else 0)
-
-
-def _check_storage(job: Job, model: ir.Model) -> None:
-    """A conversion that failed is told before the work, not when the result is written."""
-    if _weight_storage(job) is WeightStorage.INT4 and opset_of(model) < INT4_OPSET:
-        raise ModelError(
-            "4-bit storage needs an operator set to which the model cannot be converted",
-            where="weight_storage",
-            expected=f"opset {INT4_OPSET}",
-            found=f"opset {opset_of(model)}",
-            hint=f"export the model with opset {INT4_OPSET} or above, or leave weight_storage out",
-        )
 
 
 def _change_graph(

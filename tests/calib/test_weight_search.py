@@ -124,3 +124,17 @@ def test_constant_inputs_leave_the_centred_problem_empty(layer_case: Any) -> Non
     found = search_weight(case.layer, case.weight, start, constant.moments(), dataclasses.replace(ALL, centred=True))
     assert np.isfinite(found.scale).all()
     assert (np.abs(found.scale / start.scale - 1) <= 1).all()
+
+
+@pytest.mark.parametrize("objective", list(Objective))
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_scales_stay_powers_of_two(layer_case: Any, objective: Objective, per_channel: bool) -> None:
+    case = layer_case("Conv")
+    free = case.start(4, per_channel=per_channel)
+    start = TensorQuantizer.from_range(
+        dataclasses.replace(free.spec, power_of_two=True), -7 * free.scale, 7 * free.scale
+    )
+    found = search_weight(case.layer, case.weight, start, case.moments(), dataclasses.replace(ALL, objective=objective))
+    assert (np.frexp(start.scale)[0] == 0.5).all()
+    assert (np.frexp(found.scale)[0] == 0.5).all()
+    assert case.errors(found, centred=False).sum() <= case.errors(start, centred=False).sum() * 1.05

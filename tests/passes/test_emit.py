@@ -198,6 +198,24 @@ class TestClips:
             bench.run(result, feed, optimize=False)["y"], bench.run(emit(model, kept), feed, optimize=False)["y"]
         )
 
+    @pytest.mark.parametrize("wide", [0.5, 1.0, 3.0])
+    def test_a_backend_without_a_clip_of_codes_gets_the_clip_itself(
+        self, bench: Any, rng: np.random.Generator, wide: float
+    ) -> None:
+        text = bench.graph(f"a = Conv {KEEP} (x, w1, b1) r = Clip (a, lo, hi) y = Conv {KEEP} (r, w2, b2)")
+        model = bench.model(text, lo=np.float32(0), hi=np.float32(0.5), **bench.arrays(rng))
+        plan = bench.calibrate(model, bench.place(model), bench.feeds(rng))
+        chosen = TensorQuantizer.from_range(QuantSpec(8, signed=False, symmetric=False), 0, wide * 0.5)
+        plan = plan.with_activation("r", chosen)
+        codes, real = emit(model, plan), emit(model, plan, integer_clips=False)
+        bench.check(real)
+        # Up to its bound the quantizer's saturation is enough.
+        assert [bench.inputs(real, "Clip")[0]] == ["a"] if wide > 1 else "Clip" not in bench.ops(real)
+        feed = bench.feeds(rng)[0]
+        np.testing.assert_array_equal(
+            bench.run(codes, feed, optimize=False)["y"], bench.run(real, feed, optimize=False)["y"]
+        )
+
     def test_chain_of_clips(self, bench: Any, rng: np.random.Generator) -> None:
         text = bench.graph(f"a = Conv {KEEP} (x, w1, b1) c = Clip (a, lo) r = Relu (c) y = Conv {KEEP} (r, w2, b2)")
         model = bench.model(text, lo=np.float32(-1), **bench.arrays(rng))

@@ -99,6 +99,33 @@ class TestResidualNetwork:
         assert any("7 instead of 8" in note for note in plan.notes)
 
 
+class TestSums:
+    """A sum that is the end of a convolution's kernel."""
+
+    def test_the_convolution_in_front_of_it_is_not_stored(self, bench: Any, residual: ir.Model) -> None:
+        plan = bench.place(residual, target="openvino")
+        assert set(plan.activations) == {"x", "r", "t", "u", "p"}  # c and d are added as they are
+        assert set(plan.weights) == {"w1", "w2", "w3", "w4"}
+        assert plan.int_biases["b2"] == ("r", "w2")
+        assert plan.floats == {}
+
+    def test_of_two_convolutions_the_later_one(self, bench: Any) -> None:
+        body = f"a = Conv {KEEP} (x, w1, b1) b = Conv {KEEP} (x, w2, b2) s = Add (a, b) y = Conv {KEEP} (s, w3, b3)"
+        plan = bench.place(bench.model(bench.graph(body), **weights(3)), target="openvino")
+        assert set(plan.activations) == {"x", "a", "s", "y"}
+
+    def test_a_result_that_something_else_reads_is_stored(self, bench: Any) -> None:
+        body = f"a = Conv {KEEP} (x, w1, b1) s = Add (a, x) c = Conv {KEEP} (a, w2, b2) z = Add (s, c)"
+        body += f" y = Conv {KEEP} (z, w3, b3)"
+        plan = bench.place(bench.model(bench.graph(body), **weights(3)), target="openvino")
+        assert "a" in plan.activations
+        assert "c" not in plan.activations
+
+    def test_a_convolution_added_to_itself_is_stored(self, bench: Any) -> None:
+        body = f"a = Conv {KEEP} (x, w1, b1) s = Add (a, a) y = Conv {KEEP} (s, w2, b2)"
+        assert "a" in bench.place(bench.model(bench.graph(body), **weights(2)), target="openvino").activations
+
+
 class TestOverrides:
     def test_bits_by_name_and_by_type_where_the_later_wins(self, bench: Any, residual: ir.Model) -> None:
         overrides = (Override(op_type="Conv", wbits=5, abits=6), Override(node="Conv_2", wbits=3))

@@ -63,6 +63,8 @@ def test_parsed_values() -> None:
         ({"activations": {"signed": False, "symmetric": False, "bit": [8]}}, "activations: bit"),
         ({"ops": {"Conv": {"role": "weighted", "input": [0]}}}, "ops.Conv: input"),
         ({"ops": {"Conv": "heavy"}}, "ops.Conv: role"),
+        ({"ops": {"Conv": {"role": "weighted", "accumulates": True}}}, "ops.Conv"),
+        ({"integer_clips": 1}, "integer_clips"),
         ({"ops": {"Conv": 3}}, "ops.Conv"),
         ({"min_opset": True}, "min_opset"),
         ({"weights": {"signed": 1, "symmetric": True}}, "weights: signed"),

@@ -172,6 +172,7 @@ def test_resnet20(shared_data: pathlib.Path, real_data: types.ModuleType, cases:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # quantized with the default method
 def test_mobilenet(shared_data: pathlib.Path, real_data: types.ModuleType, tmp_path: pathlib.Path) -> None:
     # The default method: with ranges alone this network is so far from float that equal rounding decides classes.
     calibration = list(itertools.islice(real_data.batches("imagenet", "calib", batch=1), 64))

@@ -24,7 +24,7 @@ from postquant.calib.bias_correction import correct_biases
 from postquant.calib.code_book import CodeBooks
 from postquant.calib.layers import Layer, layers_of
 from postquant.calib.lp_error import LpError, expected_error
-from postquant.calib.observers import Range, SampleMean
+from postquant.calib.observers import Range
 from postquant.calib.prefix import spaced
 from postquant.calib.ranges import collect_statistics, places_of
 from postquant.calib.source import CalibrationSource, SubsetSource
@@ -39,8 +39,8 @@ from postquant.runtime_ops.spec import QuantSpec
 
 # Widths at which layers are tried end to end, where they may be chosen.
 WEIGHT_ANCHORS, INPUT_ANCHORS = (2, 4), (3, 6)
-# Ranges of inputs: at few bits rounding and clipping weigh alike, at many what is clipped is all that matters.
-_NARROW, _WIDE, _WIDE_BITS = LpError(2.4), SampleMean(), 7
+# Ranges of activations; the exponent fears clipping a little more than rounding.
+_RANGE = LpError(2.4)
 # Samples whose activations are looked at, and how many are tried end to end: by the work of one of them.
 _STATISTICS_SAMPLES = 32
 _TRIED_WORK, _LEAST_TRIED, _MOST_TRIED = 2.4e9, 8, 32
@@ -141,12 +141,14 @@ class Sensitivity:
         self._ranges: dict[tuple[str, QuantSpec], Range] = {}
         self._means: dict[str, npt.NDArray[np.float32]] = {}
         found: dict[str, dict[int, WeightWidth]] = {}
+        # Mean errors do not count where biases make up for them.
+        search = dataclasses.replace(options.search, centred=options.correct_biases)
         for layer, moments in float_moments(model, layers, source, seed=options.seed):
             spec = plan.weights[layer.weight]
             assert isinstance(spec, QuantSpec)
             widths = _allowed(layer.name, options.fixed_weights, options.weight_widths)
             weight = _float_weight(model, layer)
-            found[layer.name] = weights_at_widths(layer, weight, moments, spec, widths, options.search, options.books)
+            found[layer.name] = weights_at_widths(layer, weight, moments, spec, widths, search, options.books)
             groups, depth = layer.groups, layer.depth
             self._means[layer.name] = moments.mean.reshape(groups, depth).astype(np.float32)
             _release(model, layer)
@@ -195,8 +197,7 @@ class Sensitivity:
     def _quantizer(self, value: str, spec: QuantSpec) -> TensorQuantizer:
         statistics = self._of(value)
         if (value, spec) not in self._ranges:
-            method = _WIDE if spec.bits >= _WIDE_BITS else _NARROW
-            self._ranges[value, spec] = method.range(statistics, spec)
+            self._ranges[value, spec] = _RANGE.range(statistics, spec)
         return TensorQuantizer.from_range(spec, *self._ranges[value, spec])
 
     def _of(self, value: str) -> TensorStatistics:

@@ -222,9 +222,21 @@ def choose_bits(job: Job, model: ir.Model, placed: Placed, sensitivity: Sensitiv
             where="budget",
             expected=f"at least {least:.4g} {unit}, which every layer at its narrowest takes",
             found=f"{limit:.4g} {unit}",
-            hint="allow more, or another weight_storage",
+            hint=_why_so_large(sensitivity, options) if fixed_cost else "allow more",
         )
     return Chosen(found, budget, limit)
+
+
+def _why_so_large(sensitivity: Sensitivity, options: Mapping[str, list[Option]]) -> str:
+    """Which layers keep one byte per weight however few bits they have."""
+    whole = [s.layer for s in sensitivity.layers if min(o.cost for o in options[s.layer]) >= s.count]
+    if not whole:
+        return "allow more"
+    shown = ", ".join(whole[:3]) + (", ..." if len(whole) > 3 else "")
+    return (
+        f"allow more, or another weight_storage: {len(whole)} layers keep a byte per weight, because no operator with "
+        f"packed codes computes them or their output stays in float ({shown})"
+    )
 
 
 def report_choice(log: StageLog, job: Job, chosen: Chosen, sensitivity: Sensitivity) -> None:

@@ -2,7 +2,8 @@
 
 Blocks are visited from the inputs to the outputs. Each sees the inputs that the already learned part of the network
 gives, and aims at its float output. What a block may learn is what no node in front of it reads: its weights and
-biases, and the steps of the activations that it is the first to read.
+biases, and the steps of the activations that it is the first to read. A block that gets worse is learned again with
+the codes that it had.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 import onnx_ir as ir
 import torch
 
-from postquant.calib.learn.block_cache import BlockCache
+from postquant.calib.learn.block_cache import BlockCache, BlockSamples
 from postquant.calib.learn.block_quantizers import FIXED_BITS, BlockQuantizers
 from postquant.calib.learn.executor import supported
 from postquant.calib.learn.read_keys import keys_read
-from postquant.calib.learn.recipe import Recipe
-from postquant.calib.learn.reconstruct import BlockDiffersError, reconstruct
+from postquant.calib.learn.recipe import Recipe, Rounding
+from postquant.calib.learn.reconstruct import BlockDiffersError, BlockOutcome, reconstruct
 from postquant.passes.blocks import Block
 from postquant.passes.free_memory import hold_memory
 from postquant.passes.plan import QuantPlan
@@ -118,24 +119,36 @@ class Learner:
         if unsupported is not None:
             reason = f"torch does not run it: {unsupported}"
             return plan, LearnedBlock(block.name, block.layers, kept=False, reason=reason)
-        quantizers = BlockQuantizers(
-            self._model, plan, nodes, self._decided(plan, block), self._recipe.rounding, self._device
-        )
-        if not quantizers.narrow:
+        decided = self._decided(plan, block)
+
+        def attempt(recipe: Recipe, samples: BlockSamples) -> tuple[BlockQuantizers, BlockOutcome]:
+            quantizers = BlockQuantizers(self._model, plan, nodes, decided, recipe.rounding, self._device)
+            outcome = reconstruct(
+                nodes,
+                block.output,
+                quantizers,
+                samples,
+                recipe,
+                seed=self._seed + index,
+                device=self._device,
+                progress=lambda iteration, loss: progress(block, iteration, loss),
+            )
+            return quantizers, outcome
+
+        if not BlockQuantizers(self._model, plan, nodes, decided, self._recipe.rounding, self._device).narrow:
             reason = f"nothing in it has fewer than {FIXED_BITS} bits"
             return plan, LearnedBlock(block.name, block.layers, kept=False, reason=reason)
         with self._cache.load(block, plan) as samples:
             try:
-                outcome = reconstruct(
-                    nodes,
-                    block.output,
-                    quantizers,
-                    samples,
-                    self._recipe,
-                    seed=self._seed + index,
-                    device=self._device,
-                    progress=lambda iteration, loss: progress(block, iteration, loss),
-                )
+                quantizers, outcome = attempt(self._recipe, samples)
+                if not outcome.kept and self._recipe.rounding is Rounding.FREE:
+                    first = outcome
+                    quantizers, outcome = attempt(_without_codes(self._recipe), samples)
+                    outcome = dataclasses.replace(
+                        outcome,
+                        iterations=first.iterations + outcome.iterations,
+                        seconds=first.seconds + outcome.seconds,
+                    )
             except BlockDiffersError as error:
                 return plan, LearnedBlock(block.name, block.layers, kept=False, reason=str(error))
         learned = LearnedBlock(
@@ -156,6 +169,11 @@ class Learner:
         inside = set(block.nodes)
         before = [node for node in self._model.graph if self._place[node.name] < end and node.name not in inside]
         return frozenset(keys_read(self._model, before, plan))
+
+
+def _without_codes(recipe: Recipe) -> Recipe:
+    """For a block that other codes make worse: scales, biases and steps alone, with half the steps."""
+    return dataclasses.replace(recipe, iterations=-(-recipe.iterations // 2), rounding_rate=0.0)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ def _layers(seed: int, layers: int = 5) -> list[list[Option]]:
 
 
 def _total(options: tuple[Option, ...] | list[Option], what: str) -> float:
-    return sum(getattr(option, what) for option in options)
+    return float(sum(getattr(option, what) for option in options))
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -61,6 +61,7 @@ def test_every_key_can_be_read_from_a_file(tmp_path: pathlib.Path) -> None:
         smooth = false
         bias_correction = false
         border = "on"
+        budget = "none"
         learn = true
         effort = "fast"
         max_layers = 2

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ import onnx.parser
 import pytest
 from typer.testing import CliRunner
 
+from postquant.pipeline import learning
 from postquant.pipeline.cli import app
 from postquant.pipeline.report import Report
 
@@ -35,14 +38,15 @@ NETWORK = """
     }
 """
 
-# Few steps; kills the process right after the named stage was saved.
-_QUICK = """
+STEPS = 10
+# With few steps; killed right after the named stage was saved.
+_KILLED = f"""
 import dataclasses, os, signal
 import postquant.pipeline.learning as learning
 from postquant.pipeline.checkpoint import Checkpoint
 recipes = learning.recipe_for, learning.network_recipe
-learning.recipe_for = lambda *arguments: dataclasses.replace(recipes[0](*arguments), iterations=20)
-learning.network_recipe = lambda *arguments: dataclasses.replace(recipes[1](*arguments), iterations=20)
+learning.recipe_for = lambda *arguments: dataclasses.replace(recipes[0](*arguments), iterations={STEPS})
+learning.network_recipe = lambda *arguments: dataclasses.replace(recipes[1](*arguments), iterations={STEPS})
 real = Checkpoint.save
 def save(self, stage, **parts):
     real(self, stage, **parts)
@@ -63,10 +67,18 @@ def torch_installed() -> None:
         pytest.skip("torch is not installed")
 
 
-def _run(arguments: list[str], kill_after: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "KILL_AFTER": kill_after}
-    command = [sys.executable, "-c", _QUICK, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def _killed(arguments: list[str], stage: str) -> int:
+    command = [sys.executable, "-c", _KILLED, *arguments]
+    environment = {**os.environ, "KILL_AFTER": stage}
+    return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learning takes a moment."""
+    for name in ("recipe_for", "network_recipe"):
+        recipe = getattr(learning, name)
+        monkeypatch.setattr(learning, name, lambda *a, recipe=recipe: dataclasses.replace(recipe(*a), iterations=STEPS))
 
 
 def _bytes(folder: pathlib.Path) -> list[bytes]:
@@ -86,25 +98,25 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     onnx.save_model(model, folder / "net.onnx")
     np.savez(folder / "calib.npz", x=rng.standard_normal((32, 2, 5, 5)).astype(np.float32))
     options = ["--calib", str(folder / "calib.npz"), "--method", "minmax", "--wbits", "3", "--abits", "3"]
-    return ["quantize", str(folder / "net.onnx"), *options, "--border", "off", "--learn", "--effort", "normal", "--out"]
+    return ["quantize", str(folder / "net.onnx"), *options, "--border", "off", "--learn", "--max-layers", "1", "--out"]
 
 
-@pytest.mark.usefixtures("torch_installed")
+@pytest.mark.usefixtures("torch_installed", "few_steps")
 def test_learning_is_reported_and_a_killed_run_goes_on(command: list[str], tmp_path: pathlib.Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = _run([*command, str(whole)])
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, [*command, str(whole)])
+    assert done.exit_code == 0, done.output
     stages = {stage.name: stage for stage in Report.load(whole / "report.json").stages}
     blocks = [name for name in stages if name.startswith("learn ")]
-    assert len(blocks) == 4  # first layer, residual block, last layer, and all together
+    assert len(blocks) == 5  # single layers, and all together
     assert blocks[-1] == "learn the whole network"
     assert stages["learning"].sqnr_db is not None
     assert "nothing in it has fewer than 8 bits" in stages[blocks[0]].detail
-    assert "dB in 20 iterations" in stages[blocks[1]].detail
-    assert _run([*command, str(killed)], "learn-1").returncode < 0
-    again = _run([*command, str(killed)])
-    assert again.returncode == 0, again.stderr
-    assert "2 learned blocks are there already" in again.stderr
+    assert f"dB in {STEPS} iterations" in stages[blocks[1]].detail
+    assert _killed([*command, str(killed)], "learn-1") == -signal.SIGKILL
+    again = CliRunner().invoke(app, [*command, str(killed)])
+    assert again.exit_code == 0, again.output
+    assert "2 learned blocks are there already" in again.output
     assert _bytes(whole) == _bytes(killed)
 
 

@@ -34,6 +34,7 @@ def _sqnr(exact: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> flo
     return float(10 * np.log10(np.square(exact).sum() / np.square(exact - other).sum()))
 
 
+@pytest.mark.slow
 def test_learned_digits(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("torch") is None:
         if os.environ.get("CI") == "true":

@@ -35,10 +35,16 @@ def measure_before_search(job: Job, model: ir.Model, plan: QuantPlan, log: Stage
         log.tensor_sqnr["ranges"] = tensor_sqnr(job, model, plan)
 
 
-def measure_before_borders(job: Job, model: ir.Model, plan: QuantPlan, log: StageLog) -> None:
-    """Records what the scale search gives, where the stage of the borders comes next."""
-    if borders_wanted(job) and border_sites(model, plan, bits=MOST_BITS)[0]:
+def measure_before_learning(job: Job, model: ir.Model, plan: QuantPlan, log: StageLog) -> None:
+    """Records what the scale search gives, where learning comes next."""
+    if job.config.learn:
         log.tensor_sqnr["scale search"] = tensor_sqnr(job, model, plan)
+
+
+def measure_before_borders(job: Job, model: ir.Model, plan: QuantPlan, log: StageLog) -> None:
+    """Records what the scale search or learning gives, where the stage of the borders comes next."""
+    if borders_wanted(job) and border_sites(model, plan, bits=MOST_BITS)[0]:
+        log.tensor_sqnr["learn" if job.config.learn else "scale search"] = tensor_sqnr(job, model, plan)
 
 
 def tensor_sqnr(job: Job, model: ir.Model, plan: QuantPlan) -> dict[str, float]:

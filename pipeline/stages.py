@@ -60,7 +60,12 @@ from postquant.pipeline.methods import code_books, range_method
 from postquant.pipeline.parts import keep_parts
 from postquant.pipeline.prepare import Prepared, prepare
 from postquant.pipeline.stage_log import StageLog
-from postquant.pipeline.stage_quality import TENSOR_SAMPLES, measure_before_borders, measure_before_search
+from postquant.pipeline.stage_quality import (
+    TENSOR_SAMPLES,
+    measure_before_borders,
+    measure_before_learning,
+    measure_before_search,
+)
 from postquant.pipeline.verify import verify_model
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
@@ -100,6 +105,7 @@ def run_pipeline(job: Job) -> Outcome:
         plan = _decide_ranges(job, model, plan, log, threads, fixed=fixed)
         measure_before_search(job, model, plan, log)
         plan = _search_scales(job, reference, model, plan, log, folder, threads, fixed=fixed)
+        measure_before_learning(job, model, plan, log)
         plan = learn(job, reference, model, plan, log, folder, threads=threads)
         measure_before_borders(job, model, plan, log)
         plan = decide_borders(job, reference, model, plan, log, threads=threads)

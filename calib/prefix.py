@@ -230,7 +230,8 @@ def _frontier(
     wanted = [v for node in model.graph if node not in done and node not in old for v in node.inputs]
     wanted += [value for node in done for value in node.outputs if value.is_graph_output()]
     # A tensor that exists only behind its quantizer is asked for there.
-    wanted += [values.get(name) or values.get(f"{name}_dequantized") for name in kept]
+    known = {value.name: value for value in model.graph.inputs} | values
+    wanted += [known.get(name) or known.get(f"{name}_dequantized") for name in kept]
     for value in _kept_for(wanted, done, old, begin):
         producer = value.producer()
         codes = producer.inputs[0] if producer is not None and producer.op_type == "DequantizeLinear" else None

@@ -220,8 +220,8 @@ def choose_bits(job: Job, model: ir.Model, placed: Placed, sensitivity: Sensitiv
         raise ConfigError(
             "no choice of bits keeps the budget",
             where="budget",
-            expected=f"at least {least:.4g} {unit}, which every layer at its narrowest takes",
-            found=f"{limit:.4g} {unit}",
+            expected=f"at least {least:,.0f} {unit}, which every layer at its narrowest takes",
+            found=f"{limit:,.0f} {unit}",
             hint=_why_so_large(sensitivity, options) if fixed_cost else "allow more",
         )
     return Chosen(found, budget, limit)

@@ -46,6 +46,7 @@ from postquant.pipeline.output import (
     publish,
     put_aside,
 )
+from postquant.pipeline.placement import check_widths
 from postquant.pipeline.progress import NullProgress
 from postquant.pipeline.report import Report, RunStats
 from postquant.pipeline.run_costs import StageClock
@@ -175,6 +176,7 @@ def open_job(
     Raises:
         PostquantError: If the model or the data cannot be used, or the folder has no room or holds the model.
     """
+    check_widths(config, target)
     model = load_model(path)
     external = external_files(model)
     size = sum(file.stat().st_size for file in (path, *external))

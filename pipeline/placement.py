@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from postquant.passes.place import Override, PlacementSettings
+from postquant.passes.target import Target
 from postquant.pipeline.config import QuantConfig
 
 
@@ -26,3 +27,13 @@ def placement_settings(config: QuantConfig) -> PlacementSettings:
             for override in config.override
         ),
     )
+
+
+def check_widths(config: QuantConfig, target: Target) -> None:
+    """Widths that a target lacks are told before any work, not when quantizers are placed.
+
+    Raises:
+        ConfigError: If it has no weights, or no activations, of a width that is asked for.
+    """
+    target.weights.spec(min(config.wbits, target.weights.max_bits))
+    target.activations.spec(min(config.abits, target.activations.max_bits))

@@ -202,25 +202,7 @@ class Report:
         Raises:
             ModelError: If it is missing, damaged, or of another schema version.
         """
-        try:
-            data = json.loads(path.read_bytes())
-        except OSError as error:
-            raise ModelError("the report cannot be read", where=str(path), found=error.strerror or str(error)) from None
-        except ValueError as error:
-            raise ModelError("the report is damaged", where=str(path), found=str(error)) from None
-        version = data.pop("schema_version", None) if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION:
-            raise ModelError(
-                "the report has another format",
-                where=str(path),
-                expected=f"schema_version {SCHEMA_VERSION}",
-                found="none" if version is None else f"{version}",
-            )
-        try:
-            report: Report = decode_json(cls, data)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ModelError("the report is damaged", where=str(path), found=str(error)) from None
-        return report
+        return read_document(cls, path, "the report", SCHEMA_VERSION)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,6 +216,42 @@ class RunStats:
 
     seconds: float
     peak_bytes: int | None
+
+
+def read_document(kind: type[T], path: pathlib.Path, subject: str, version: int, *, plural: bool = False) -> T:
+    """Reads a JSON file of a result, one object with a ``schema_version``, into a dataclass.
+
+    Args:
+        kind: The dataclass.
+        path: The file.
+        subject: What it is, for the sentences: "the report".
+        version: The schema version that this package reads.
+        plural: Whether ``subject`` is plural.
+
+    Raises:
+        ModelError: If it is missing, damaged, or of another schema version.
+    """
+    damaged = f"{subject} {'are' if plural else 'is'} damaged"
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise ModelError(f"{subject} cannot be read", where=str(path), found=found) from None
+    except ValueError as error:
+        raise ModelError(damaged, where=str(path), found=str(error)) from None
+    found_version = data.pop("schema_version", None) if isinstance(data, dict) else None
+    if found_version != version:
+        raise ModelError(
+            f"{subject} {'have' if plural else 'has'} another format",
+            where=str(path),
+            expected=f"schema_version {version}",
+            found="none" if found_version is None else f"{found_version}",
+        )
+    try:
+        result: T = decode_json(kind, data)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ModelError(damaged, where=str(path), found=str(error)) from None
+    return result
 
 
 def encode_json(value: Any) -> Any:

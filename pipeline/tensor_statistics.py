@@ -13,8 +13,7 @@ import pathlib
 from typing import Any, Self
 
 from postquant.calib.histogram import Density
-from postquant.pipeline.report import decode_json, encode_json
-from postquant.runtime_ops.errors import ModelError
+from postquant.pipeline.report import encode_json, read_document
 
 SCHEMA_VERSION = 1
 
@@ -176,26 +175,7 @@ class Statistics:
         Raises:
             ModelError: If it is missing, damaged, or of another schema version.
         """
-        try:
-            data = json.loads(path.read_bytes())
-        except OSError as error:
-            found = error.strerror or str(error)
-            raise ModelError("the statistics cannot be read", where=str(path), found=found) from None
-        except ValueError as error:
-            raise ModelError("the statistics are damaged", where=str(path), found=str(error)) from None
-        version = data.pop("schema_version", None) if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION:
-            raise ModelError(
-                "the statistics have another format",
-                where=str(path),
-                expected=f"schema_version {SCHEMA_VERSION}",
-                found="none" if version is None else f"{version}",
-            )
-        try:
-            statistics: Statistics = decode_json(cls, data)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ModelError("the statistics are damaged", where=str(path), found=str(error)) from None
-        return statistics
+        return read_document(cls, path, "the statistics", SCHEMA_VERSION, plural=True)
 
 
 def _compact(value: object) -> str:

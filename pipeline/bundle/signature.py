@@ -31,7 +31,7 @@ def read_private_key(path: pathlib.Path) -> Ed25519PrivateKey:
     try:
         key = load_pem_private_key(_content(path), password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise _no_key(path, "private", str(error)) from None
+        raise _no_key(path, "private", _reason(error)) from None
     if not isinstance(key, Ed25519PrivateKey):
         raise _no_key(path, "private", type(key).__name__)
     return key
@@ -51,7 +51,7 @@ def read_public_key(path: pathlib.Path) -> str:
     try:
         key = load_pem_public_key(_content(path))
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise _no_key(path, "public", str(error)) from None
+        raise _no_key(path, "public", _reason(error)) from None
     if not isinstance(key, Ed25519PublicKey):
         raise _no_key(path, "public", type(key).__name__)
     return key.public_bytes_raw().hex()
@@ -90,6 +90,11 @@ def _content(path: pathlib.Path) -> bytes:
             return file.read(_LARGEST_KEY)
     except OSError as error:
         raise ConfigError("the key cannot be read", where=str(path), found=error.strerror or str(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence; what follows is about programs that call the package, with links."""
+    return str(error).split(". ")[0]
 
 
 def _no_key(path: pathlib.Path, half: str, found: str) -> ConfigError:

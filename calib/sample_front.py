@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
@@ -37,7 +38,7 @@ class SampleFront:
         self._samples = samples
         self._threads = threads
         self._most_bytes = most_bytes
-        self._kept: list[Values] = [{} for _ in samples]
+        self._kept: Sequence[Values] = [{} for _ in samples]
 
     def at(self, names: Sequence[str]) -> Callable[[int], Values]:
         """What gives some values of a sample, by its index.
@@ -45,35 +46,39 @@ class SampleFront:
         Args:
             names: Values of the model: graph inputs or inner ones.
         """
-        missing = [name for name in names if name not in self._kept[0] and name not in self._samples[0]]
+        kept = self._kept
+        missing = [name for name in names if name not in kept[0] and name not in self._samples[0]]
         if missing:
-            start = {name: ir.DataType.from_numpy(array.dtype) for name, array in self._kept[0].items()}
+            start = {name: ir.DataType.from_numpy(array.dtype) for name, array in kept[0].items()}
             inputs = [value.name or "" for value in self._model.graph.inputs if value.name in self._samples[0]]
             session = make_session(self._model, inputs=[*start, *inputs], outputs=missing, dtypes=start)
 
             def computed(index: int) -> Values:
-                return {**self._known(index, names), **session.run({**self._samples[index], **self._kept[index]})}
+                feeds = {**self._samples[index], **kept[index]}
+                found = session.run(feeds)
+                return {name: found[name] if name in found else feeds[name] for name in names}
 
             first = computed(0)
             if not self._has_room(first):
                 return computed
-            others = in_order(computed, range(1, len(self._samples)), self._threads)
-            self._keep([first, *others])
-        return lambda index: self._known(index, names)
+            kept = self._keep([first, *in_order(computed, range(1, len(self._samples)), self._threads)])
 
-    def _known(self, index: int, names: Sequence[str]) -> Values:
-        both = (self._kept[index], self._samples[index])
-        return {name: values[name] for name in names for values in both if name in values}
+        def known(index: int) -> Values:
+            feeds = {**self._samples[index], **kept[index]}
+            return {name: feeds[name] for name in names}
+
+        return known
 
     def _has_room(self, values: Values) -> bool:
-        return _size(values) * len(self._samples) <= self._most_bytes
+        # Sequences, and arrays of texts, have no size that tells anything.
+        plain = all(isinstance(value, np.ndarray) and not value.dtype.hasobject for value in values.values())
+        return plain and sum(value.nbytes for value in values.values()) * len(self._samples) <= self._most_bytes
 
-    def _keep(self, found: Sequence[Values]) -> None:
+    def _keep(self, found: Sequence[Values]) -> Sequence[Values]:
         """Puts values in the place of those that there were, or beside them while there is room."""
+        # What is fed needs no keeping.
+        found = [{name: new[name] for name in new if name not in self._samples[0]} for new in found]
         if self._has_room({**self._kept[0], **found[0]}):
             found = [{**old, **new} for old, new in zip(self._kept, found, strict=True)]
         self._kept = list(found)
-
-
-def _size(values: Values) -> int:
-    return sum(array.nbytes for array in values.values())
+        return found

@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from postquant.calib.in_order import in_order
 from postquant.passes.session import make_session
 
-Values = dict[str, npt.NDArray[Any]]
+Values = dict[str, Any]
 
 # What the values that are kept may hold for all samples together.
 _MOST_BYTES = 12 << 20

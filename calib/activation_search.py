@@ -6,9 +6,9 @@ the range keeps its proportion of negative values. Each is judged by the layers'
     score = mean over layers and samples of cos(o, o~)        (or minus the relative squared error)
 
 where a sample's rows form one vector: a sample with huge values counts as much as any other, which keeps ranges from
-following a few outliers. The grid is searched coarse to fine: every tenth candidate, every third around the best, both
-on a part of the rows, then its neighbours on all of them. Behind the first alternation with the weights an optimum
-has hardly moved, and the first of the three steps is left out.
+following a few outliers. The grid is searched coarse to fine: every tenth candidate, every third around the best, then
+its neighbours. Where that costs much, the first two see a part of the rows, and behind the first alternation with the
+weights, when an optimum has hardly moved, the first step is left out.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from postquant.runtime_ops.quantizer import TensorQuantizer
 FloatArray = npt.NDArray[np.float32]
 
 _STEPS = (10, 3, 1)
-# Steps that are wider than one see at most every fourth row of a sample, and about so many rows at least.
-_THINNING, _FEW_ROWS = 4, 256
+# Steps that are wider than one see at most every fourth row of a sample, and about so many rows at least, where judging
+# one candidate takes more than so many multiply-accumulates; quantizing a value takes as long as so many of them.
+_THINNING, _FEW_ROWS, _CHEAP, _QUANTIZING = 4, 256, 3e7, 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,9 +56,9 @@ class Reader:
 
     @functools.cached_property
     def thinned(self) -> Reader:
-        """The same with a part of every sample's rows, where there are many."""
+        """The same with a part of every sample's rows, where there are many and it costs much to see all."""
         stride = min(len(self.rows) // _FEW_ROWS, _THINNING)
-        if stride <= 1:
+        if stride <= 1 or self.rows.size * (self.matrix.shape[2] + _QUANTIZING) <= _CHEAP:
             return self
         lengths = np.diff([*self.starts, len(self.rows)])
         within = np.arange(len(self.rows)) - np.repeat(self.starts, lengths)
@@ -121,7 +122,7 @@ def search_activation(
         start: The quantizer with ``S0``.
         readers: The layers that read the tensor; at least one.
         options: Settings.
-        near: Whether to look around ``start`` only, because it is the result of a search.
+        near: Whether ``start`` is the result of a search: if a search costs much, it looks around that only.
 
     Returns:
         The best quantizer (``start`` unless a candidate is better), its score, and the score of ``start``.
@@ -137,7 +138,7 @@ def search_activation(
 
     steps: tuple[int, ...] = _STEPS if len(multiples) > 4 * _STEPS[0] else (1,)
     best, reach = len(multiples) // 2, len(multiples)
-    if near and len(steps) > 1:
+    if near and len(steps) > 1 and any(reader.thinned is not reader for reader in readers):
         best, reach, steps = int(np.argmin(np.abs(multiples - 1.0))), steps[0], steps[1:]
     for step in steps:
         first, last = max(best - reach + 1, 0), min(best + reach, len(multiples))

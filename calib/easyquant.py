@@ -207,6 +207,7 @@ class EasyQuant:
         data = self._collect(plan, done, site, before, later)
         starts = {layer.name: _weight_quantizer(plan, layer) for layer in site.layers}
         problems: dict[str, tuple[Moments, WeightProblem]] = {}
+        solutions: dict[str, tuple[WeightProblem, TensorQuantizer]] = {}
 
         def problem_at(layer: Layer, quantizer: TensorQuantizer) -> WeightProblem:
             """The weights' problem behind a quantizer; the last one again while the moments stay."""
@@ -220,7 +221,10 @@ class EasyQuant:
             """The weight's best scales behind a quantizer of its input; its own where they stay."""
             if layer.weight in self._fixed:
                 return starts[layer.name]
-            return search_problem(problem_at(layer, quantizer), starts[layer.name], self._options)
+            problem = problem_at(layer, quantizer)
+            if layer.name not in solutions or solutions[layer.name][0] is not problem:
+                solutions[layer.name] = (problem, search_problem(problem, starts[layer.name], self._options))
+            return solutions[layer.name][1]
 
         limit = self._options.rounds if self._options.rounds is not None else _MOST_ROUNDS
         quantizer, rounds, before_score, after_score = start, 0, 0.0, 0.0

@@ -86,7 +86,9 @@ class MomentSums:
         self._waiting, self._waiting_rows = [], 0
         self._rows += len(rows)
         self._mean += rows.sum(0, dtype=np.float64)
-        by_group = np.ascontiguousarray(rows.transpose(1, 2, 0))
+        by_group = rows.transpose(1, 2, 0)
+        if len(self._mean) > 1:  # one matrix BLAS takes as it lies
+            by_group = np.ascontiguousarray(by_group)
         self._square += np.matmul(by_group, by_group.transpose(0, 2, 1))
 
     def result(self) -> Moments:

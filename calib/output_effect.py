@@ -44,8 +44,8 @@ from postquant.runtime_ops.spec import QuantSpec
 _SCALE, _ZERO, _LOW, _HIGH = "postquant_scale", "postquant_zero_point", "postquant_low", "postquant_high"
 _RESULT = "postquant_effect_value_2"
 
-# Effects below this part of the largest one need no finer choice.
-NEGLIGIBLE = 0.1
+# Effects below this part of the largest one so far need no finer choice.
+NEGLIGIBLE = 0.25
 # Candidates whose effect is so much larger than the best one's on half of the screening samples see no more of them.
 HOPELESS = 1.5
 # On fewer samples nothing is settled.
@@ -291,7 +291,7 @@ class OutputEffect:
         alive = _hopeful({name: combined_error(errors[name]) for name in alive})
         measure(self._order[first:screening])
         effects = {name: combined_error(errors[name]) for name in alive}
-        # A tensor that does a hundred times less harm than another one needs no finer choice.
+        # A tensor that does a sixteenth of the harm of another one, or less, needs no finer choice.
         negligible = min(effects.values()) < NEGLIGIBLE * self._worst
         alive = _finalists(effects, 1 if negligible else self._options.finalists)
         for begin in range(screening, len(self._order), screening):

@@ -185,14 +185,14 @@ def alternatives(
     for place in places_of(model, plan):
         observed = statistics[place.value]
         low, high = _current(chosen, place)
-        mean, error = (method.range(observed, place.spec) for method in (SampleMean(), LpError()))
+        ranges = {method: method.range(observed, place.spec) for method in own}
+        mean, error = ranges[SampleMean()], ranges[LpError()]
         union = (min(low, mean[0]), max(high, mean[1]))
         half_way = ((low + error[0]) / 2, (high + error[1]) / 2)
         for name, ends in zip(blends, (union, half_way), strict=True):
             blends[name] = place.decided(blends[name], TensorQuantizer.from_range(place.spec, *ends))
         for method, so_far in own.items():
-            low_high = method.range(observed, place.spec)
-            own[method] = place.decided(so_far, TensorQuantizer.from_range(place.spec, *low_high))
+            own[method] = place.decided(so_far, TensorQuantizer.from_range(place.spec, *ranges[method]))
     return {**result, **blends, **{method.name: found for method, found in own.items()}}
 
 

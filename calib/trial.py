@@ -89,8 +89,8 @@ class Trial:
     def quick(self, model: ir.Model, plan: QuantPlan) -> tuple[Outcome, Outcome]:
         """The errors of two quick quantizations: with sample-mean and with min-max ranges.
 
-        Weights keep their largest magnitude, biases are corrected. The ranges that will be chosen lie between these
-        two kinds, so what helps with both will help with them.
+        Weights keep their largest magnitude, biases are corrected; some of the samples give the numbers. The ranges that
+        will be chosen lie between these two kinds, so what helps with both will help with them.
 
         Args:
             model: The float model.
@@ -100,9 +100,10 @@ class Trial:
         wanted = list(dict.fromkeys((*plan.activations, *readers.values())))
         # The session goes before the next one comes: each holds the activations of a whole network.
         session = make_session(model, outputs=wanted)
-        statistics = collect(session.run, self._source, wanted, histogram=False)
+        few = SubsetSource(self._source, spaced(len(self._source), LEAST_SAMPLES))
+        statistics = collect(session.run, few, wanted, histogram=False)
         del session
-        means = input_means(model, plan, self._source, samples=LEAST_SAMPLES)
+        means = input_means(model, plan, few)
         plan = correct_biases(model, start_weights(model, plan), means)
 
         def with_ranges(method: RangeMethod) -> QuantPlan:

@@ -14,6 +14,7 @@ from postquant.calib.source import SubsetSource
 from postquant.passes.biases import fit_biases
 from postquant.passes.border_plan import border_sites
 from postquant.passes.emit import emit
+from postquant.passes.free_memory import give_back_memory, release_weights
 from postquant.passes.lut_expansion import with_qdq
 from postquant.passes.plan import QuantPlan
 from postquant.passes.target import WeightStorage
@@ -68,5 +69,9 @@ def tensor_sqnr(job: Job, model: ir.Model, plan: QuantPlan) -> dict[str, float]:
         integer_clips=job.target.integer_clips,
     )
     stored = find_stored(model, with_qdq(emitted), plan)
+    # Of a large model, the pages of the float weights that were read, and then the codes.
+    release_weights(model)
     quality = stored_tensor_quality(model, emitted, stored, list(taken))
+    del emitted, stored
+    give_back_memory()
     return {item.name: item.sqnr_db for item in quality}

@@ -89,8 +89,8 @@ class Trial:
     def quick(self, model: ir.Model, plan: QuantPlan) -> tuple[Outcome, Outcome]:
         """The errors of two quick quantizations: with sample-mean and with min-max ranges.
 
-        Weights keep their largest magnitude, biases are corrected; some of the samples give the numbers. The ranges that
-        will be chosen lie between these two kinds, so what helps with both will help with them.
+        Weights keep their largest magnitude, biases are corrected; some of the samples give the numbers. The ranges
+        that will be chosen lie between these two kinds, so what helps with both will help with them.
 
         Args:
             model: The float model.

@@ -51,7 +51,7 @@ from postquant.pipeline.progress import NullProgress
 from postquant.pipeline.report import Report, RunStats
 from postquant.pipeline.run_costs import StageClock
 from postquant.pipeline.run_stats import StopWatch
-from postquant.pipeline.stages import run_pipeline
+from postquant.pipeline.stages import run_pipeline, verification_samples
 from postquant.runtime_ops.errors import ConfigError, VerificationError
 
 # A larger model is bundled only when that is asked for.
@@ -148,7 +148,7 @@ def quantize(
         clock.stage("read model")
         job = open_job(path, calibration, config, target, clock, folder)
         with broken_weights_told(job.model):
-            plan, report, folder = _run_in_memory(job) if folder is None else _run_into(folder, job)
+            plan, report, folder = _run_in_memory(job, path) if folder is None else _run_into(folder, job, path)
         stats = watch.read()
         clock.read(stats).save(folder / RUN_FILE)
     result = QuantizationResult(plan, report, stats, folder)
@@ -208,11 +208,11 @@ def _bundled(config: QuantConfig, size: int) -> bool:
     return size < _LARGEST_BUNDLED if config.bundle is None else config.bundle
 
 
-def _run_into(folder: pathlib.Path, job: Job) -> tuple[QuantPlan, Report, pathlib.Path]:
+def _run_into(folder: pathlib.Path, job: Job, path: pathlib.Path) -> tuple[QuantPlan, Report, pathlib.Path]:
     """Runs with checkpoints, and publishes the result or puts it aside."""
     key = fingerprint(job.report.model_sha256, job.report.data_sha256, job.config, job.target)
     with Checkpoint(folder, key, job.progress.say) as checkpoint:
-        outcome = run_pipeline(dataclasses.replace(job, checkpoint=checkpoint))
+        outcome = _with_peer(run_pipeline(dataclasses.replace(job, checkpoint=checkpoint)), job, path)
         staging = checkpoint.staging()
         report = _write(outcome, staging, job.progress)
         if outcome.failure is None:
@@ -235,13 +235,25 @@ def _run_into(folder: pathlib.Path, job: Job) -> tuple[QuantPlan, Report, pathli
     )
 
 
-def _run_in_memory(job: Job) -> tuple[QuantPlan, Report, pathlib.Path]:
+def _run_in_memory(job: Job, path: pathlib.Path) -> tuple[QuantPlan, Report, pathlib.Path]:
     """Runs without checkpoints; the result goes to a temporary folder."""
-    outcome = run_pipeline(job)
+    outcome = _with_peer(run_pipeline(job), job, path)
     if outcome.failure is not None:
         raise outcome.failure
     folder = pathlib.Path(tempfile.mkdtemp(prefix="postquant."))
     return outcome.plan, _write(outcome, folder, job.progress), folder
+
+
+def _with_peer(outcome: Outcome, job: Job, path: pathlib.Path) -> Outcome:
+    """The outcome with onnxruntime's quantizer beside it, where that is asked for."""
+    if outcome.failure is not None or not job.config.compare_onnxruntime:
+        return outcome
+    from postquant.pipeline.peer import measure_peer  # onnxruntime's quantizer takes a second to import
+
+    job.progress.stage("compare with onnxruntime's quantizer")
+    samples = verification_samples(job.source, job.config)
+    peer = measure_peer(path, job.source, samples, wbits=job.config.wbits, abits=job.config.abits)
+    return dataclasses.replace(outcome, report=dataclasses.replace(outcome.report, peer=peer))
 
 
 def _write(outcome: Outcome, folder: pathlib.Path, progress: NullProgress) -> Report:

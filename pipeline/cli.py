@@ -105,6 +105,7 @@ def quantize(
     max_positions: Annotated[str | None, option("max_positions")] = None,
     search_work: Annotated[str | None, option("search_work")] = None,
     verify_samples: Annotated[str | None, option("verify_samples")] = None,
+    compare_onnxruntime: Annotated[bool | None, option("compare_onnxruntime")] = None,
     bundle: Annotated[bool | None, option("bundle")] = None,
     encodings: Annotated[str | None, option("encodings")] = None,
     custom_ops: CustomOps = None,

@@ -85,6 +85,27 @@ class OutputReport:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PeerReport:
+    """Another quantizer on the same model, calibration samples and measured samples.
+
+    Attributes:
+        quantizer: Name, version and method, for people.
+        wbits: Bits of its weights.
+        abits: Bits of its activations.
+        size: Bytes of its file; 0 where it failed.
+        outputs: Quality of its outputs, as :attr:`Report.outputs`.
+        failure: Why it gave no result, "" where it did.
+    """
+
+    quantizer: str
+    wbits: int
+    abits: int
+    size: int = 0
+    outputs: tuple[OutputReport, ...] = ()
+    failure: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FloatReport:
     """A node that stayed in float, and why."""
 
@@ -161,6 +182,7 @@ class Report:
         stages: What happened, in order.
         checks: The verification.
         notes: What else must not go unsaid.
+        peer: onnxruntime's own quantizer beside it; None where nobody asked.
         files: File name -> SHA-256 of the files of the result, this report excepted.
     """
 
@@ -180,6 +202,7 @@ class Report:
     stages: tuple[StageReport, ...] = ()
     checks: tuple[CheckReport, ...] = ()
     notes: tuple[str, ...] = ()
+    peer: PeerReport | None = None
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property

@@ -307,7 +307,7 @@ def _verify(
 ) -> Outcome:
     """Compares the emitted model on onnxruntime with the plan and with the float model."""
     job.progress.stage("verify")
-    samples = SubsetSource(job.source, spaced(len(job.source), job.config.verify_samples))
+    samples = verification_samples(job.source, job.config)
     verification = verify_model(
         model, emitted, plan, samples, strict=False, reference=prepared.model, tensor_samples=TENSOR_SAMPLES
     )
@@ -331,6 +331,11 @@ def _verify(
         notes=(*job.report.notes, *_unique(log.notes), *verification.notes),
     )
     return Outcome(emitted, plan, report, describe(job, model, plan, log.tensor_effects), verification.failure)
+
+
+def verification_samples(source: CalibrationSource, config: QuantConfig) -> CalibrationSource:
+    """The calibration samples that a result is verified and measured on."""
+    return SubsetSource(source, spaced(len(source), config.verify_samples))
 
 
 def _search_options(config: QuantConfig) -> SearchOptions:

@@ -51,6 +51,7 @@ from postquant.pipeline.progress import NullProgress
 from postquant.pipeline.report import Report, RunStats
 from postquant.pipeline.run_costs import StageClock
 from postquant.pipeline.run_stats import StopWatch
+from postquant.pipeline.setting_files import setting_files
 from postquant.pipeline.stages import run_pipeline, verification_samples
 from postquant.runtime_ops.errors import ConfigError, VerificationError
 
@@ -180,8 +181,10 @@ def open_job(
     model = load_model(path)
     external = external_files(model)
     size = sum(file.stat().st_size for file in (path, *external))
+    named = setting_files(config)
     if folder is not None:
-        check_inputs_stay(folder, (path, *external))
+        data = [pathlib.Path(calibration)] if isinstance(calibration, (str, os.PathLike)) else []
+        check_inputs_stay(folder, (path, *external, *(file.path for file in named), *data))
         if _bundled(config, size):
             check_own(folder)
         check_space(folder, size // 8)  # two-bit weights stored as such would take that much
@@ -195,6 +198,7 @@ def open_job(
         samples=len(source),
         target=target.name,
         settings=config.to_json(),
+        setting_files=tuple(file.digested() for file in named),
         versions=package_versions(),
         size_before=size,
         inputs=inputs,

@@ -123,7 +123,10 @@ def quantize(
         options = read_options({name: value for name, value in given.items() if name in fields})
         settings = QuantConfig.from_toml(config, **options) if config else QuantConfig(**options)
         from postquant.pipeline.api import quantize as run
+        from postquant.pipeline.output import check_inputs_stay
 
+        if config is not None:  # the run itself knows the settings only
+            check_inputs_stay(pathlib.Path(out), [pathlib.Path(config)])
         with progress_of(quiet or as_json) as progress:
             result = run(pathlib.Path(model), calib, settings, out=out, progress=progress)
         if as_json:

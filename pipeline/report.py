@@ -162,6 +162,21 @@ class InputReport:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SettingFile:
+    """A file that a setting names: ``target``, ``encodings`` or ``custom_ops``.
+
+    Attributes:
+        setting: The setting.
+        name: File name without folder.
+        sha256: Digest of its content.
+    """
+
+    setting: str
+    name: str
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything about one quantization.
 
@@ -172,6 +187,7 @@ class Report:
         samples: Calibration samples used.
         target: Name of the target.
         settings: :meth:`QuantConfig.to_json`.
+        setting_files: Files that the settings name, with their digests.
         versions: Package -> version.
         size_before: Bytes of the source model with external data.
         size_after: Bytes of the result with external data.
@@ -195,6 +211,7 @@ class Report:
     versions: Mapping[str, str]
     size_before: int
     size_after: int = 0
+    setting_files: tuple[SettingFile, ...] = ()
     inputs: tuple[InputReport, ...] = ()
     layers: tuple[LayerReport, ...] = ()
     outputs: tuple[OutputReport, ...] = ()

@@ -109,6 +109,7 @@ def write_bundle(
         versions=dict(report.versions),
         command=("postquant", "quantize", "MODEL", "--calib", "DATA", "--out", "DIR", "--config", SETTINGS_FILE),
         settings=dict(report.settings),
+        setting_files=report.setting_files,
         licence=licence or _metadata(model, _LICENCE_KEYS),
         origin=origin or _metadata(model, _ORIGIN_KEYS),
     )

@@ -15,6 +15,7 @@ Each variant says which codes a receiver would get from the same inputs if it br
 | padding | borders of a convolution are filled with the code 0 instead of the zero point |
 | zero point | the zero point of the input or of the output is left out |
 | bias | the bias is left out |
+| fused sum | a result is added without being rounded first (:mod:`postquant.pipeline.conformance.fused`) |
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Rule(enum.Enum):
     PADDING = "padding with the wrong value"
     ZERO_POINT = "zero point left out"
     BIAS = "bias left out"
+    FUSED_SUM = "rounding left out before a fused sum"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

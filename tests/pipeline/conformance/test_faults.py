@@ -16,7 +16,7 @@ from postquant.pipeline.conformance.rules import Rule
 from postquant.pipeline.load import load_model
 from postquant.pipeline.prepare import prepare
 
-FAULTS = ("HALF_AWAY", "TRUNCATION", "FIXED_POINT", "SATURATION", "PER_TENSOR", "PADDING")
+FAULTS = ("HALF_AWAY", "TRUNCATION", "FIXED_POINT", "SATURATION", "PER_TENSOR", "PADDING", "FUSED_SUM")
 
 
 def _run(bundle: Any, receivers: Any, fault: str | None, folder: pathlib.Path) -> Any:
@@ -41,7 +41,7 @@ def test_a_fault_is_named(fault: str, tie_bundle: Any, receivers: Any, tmp_path:
     assert not result.passed
     assert result.rule is Rule[fault], result.summary
     assert result.first.fits[0].explained > 0.99
-    where = {"TRUNCATION": "image_quantized"}.get(fault, "r1_quantized")
+    where = {"TRUNCATION": "image_quantized", "FUSED_SUM": "sum_quantized"}.get(fault, "r1_quantized")
     assert result.first.tensor.codes == where
     if fault == "PADDING":  # of the layers with padding, those whose zero point is the code 0 are right
         assert {t.tensor.node for t in result.tensors if t.failed} <= {"conv1", "reduce"}

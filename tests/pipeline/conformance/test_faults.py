@@ -93,7 +93,7 @@ def test_real_networks(
     size = REAL[name]
     value.shape = ir.Shape([None, 3, None, None]) if size != 32 else value.shape
     samples = [{value.name or "": np.random.default_rng(0).normal(size=(1, 3, size, size)).astype(np.float32)}]
-    prepared = prepare(model, samples, opset=17, simplify=False, custom_ops=(), folder=tmp_path).model
+    prepared = prepare(model, samples, opset=17, simplify=True, custom_ops=(), folder=tmp_path).model
     plan = cases.ranged(prepared, place(prepared, load_target("onnxruntime"), PlacementSettings()), samples)
     (tmp_path / "plain").mkdir()
     (tmp_path / "powers").mkdir()

@@ -28,6 +28,7 @@ from postquant.pipeline.bundle.settings_file import settings_toml
 from postquant.pipeline.cli import app
 from postquant.pipeline.config import Border, ImageConfig, Method, OverrideConfig
 from postquant.pipeline.conformance.arrays import read_arrays
+from postquant.pipeline.recover import recover_float_model
 from postquant.pipeline.verify_folder import verify_folder
 from postquant.runtime_ops.errors import OutputError, VerificationError
 
@@ -251,3 +252,17 @@ def test_other_operators_become_their_bodies(cases: Any) -> None:
     assert standard.changes == ()
     assert len(standard.model.graph) == len(case.emitted.graph)
     assert standard.model is not case.emitted
+
+
+def test_large_weights_are_decoded_in_parts(cnn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Part by part or at once: the same bits, for scales along the first axis and along the last one."""
+    whole = recover_float_model(cnn.emitted, cnn.plan).graph.initializers
+    monkeypatch.setattr("postquant.pipeline.recover._PART", 20)
+    parts = recover_float_model(cnn.emitted, cnn.plan).graph.initializers
+    names = [name for name in cnn.plan.weights if whole[name].const_value is not None]
+    assert len(names) == 5
+    for name in names:
+        one, two = (table[name].const_value for table in (whole, parts))
+        assert one is not None
+        assert two is not None
+        np.testing.assert_array_equal(one.numpy(), two.numpy())

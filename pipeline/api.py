@@ -18,6 +18,7 @@ from postquant.passes.plan import QuantPlan, write_atomically
 from postquant.passes.session import custom_operators
 from postquant.passes.target import Target, load_target
 from postquant.pipeline.broken_weights import broken_weights_told
+from postquant.pipeline.budget_report import with_budget
 from postquant.pipeline.bundle.build import CALIBRATION_DATA, CONFORMANCE_SAMPLES, write_bundle
 from postquant.pipeline.bundle.manifest import Manifest
 from postquant.pipeline.checkpoint import Checkpoint
@@ -267,7 +268,7 @@ def _write(outcome: Outcome, folder: pathlib.Path, progress: NullProgress) -> Re
     outcome.plan.save(folder / PLAN_FILE)
     write_atomically(folder / STATISTICS_FILE, outcome.statistics.to_bytes())
     digests = {path.name: digest_file(path) for path in sorted(folder.iterdir())}
-    report = dataclasses.replace(outcome.report, size_after=size, files=digests)
+    report = with_budget(dataclasses.replace(outcome.report, size_after=size, files=digests))
     write_atomically(folder / REPORT_FILE, report.to_bytes())
     if pages_available():
         write_page(folder_page(folder), folder / PAGE_FILE)

@@ -28,6 +28,7 @@ from postquant.pipeline.fingerprint import digest_file, digest_model, fingerprin
 from postquant.pipeline.html.folder import WHAT_IS_MISSING, folder_page, pages_available, write_page
 from postquant.pipeline.inputs import ModelInput, external_files, model_file, open_calibration, read_data
 from postquant.pipeline.job import Job, Outcome
+from postquant.pipeline.learning import check_learning
 from postquant.pipeline.load import load_model, save_model
 from postquant.pipeline.output import (
     MANIFEST_FILE,
@@ -139,6 +140,7 @@ def quantize(
     target = target or load_target(config.target)
     clock = StageClock(progress or NullProgress())
     _check_libraries(config)
+    check_learning(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(custom_operators(config.custom_ops))
         folder = None

@@ -108,7 +108,8 @@ def test_missing_device_is_told_before_any_work(command: list[str], tmp_path: pa
 
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    result = CliRunner().invoke(app, [*command, str(tmp_path / "out"), "--device", "cuda"])
+    missing = [str(tmp_path / "missing.npz") if part.endswith("calib.npz") else part for part in command]
+    result = CliRunner().invoke(app, [*missing, str(tmp_path / "out"), "--device", "cuda"])
     assert result.exit_code == 2
     assert "torch finds no CUDA device" in result.output
 

@@ -7,7 +7,8 @@ the range keeps its proportion of negative values. Each is judged by the layers'
 
 where a sample's rows form one vector: a sample with huge values counts as much as any other, which keeps ranges from
 following a few outliers. The grid is searched coarse to fine: every tenth candidate, every third around the best, then
-its neighbours.
+its neighbours. Where that costs much, the first two see a part of the rows, and behind the first alternation with the
+weights, when an optimum has hardly moved, the first step is left out.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from postquant.runtime_ops.quantizer import TensorQuantizer
 FloatArray = npt.NDArray[np.float32]
 
 _STEPS = (10, 3, 1)
+# Steps that are wider than one see at most every fourth row of a sample, and about so many rows at least, where judging
+# one candidate takes more than so many multiply-accumulates; quantizing a value takes as long as so many of them.
+_THINNING, _FEW_ROWS, _CHEAP, _QUANTIZING = 4, 256, 3e7, 16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +53,19 @@ class Reader:
     matrix: FloatArray
     ceiling: tuple[float, float] | None = None
     bias: FloatArray | None = None
+
+    @functools.cached_property
+    def thinned(self) -> Reader:
+        """The same with a part of every sample's rows, where there are many and it costs much to see all."""
+        stride = min(len(self.rows) // _FEW_ROWS, _THINNING)
+        if stride <= 1 or self.rows.size * (self.matrix.shape[2] + _QUANTIZING) <= _CHEAP:
+            return self
+        lengths = np.diff([*self.starts, len(self.rows)])
+        within = np.arange(len(self.rows)) - np.repeat(self.starts, lengths)
+        taken = within % stride == 0
+        counts = -(-lengths // stride)
+        starts = np.cumsum(counts) - counts
+        return dataclasses.replace(self, target=self.target[taken], rows=self.rows[taken], starts=starts)
 
     @functools.cached_property
     def energy(self) -> npt.NDArray[np.float64]:
@@ -99,7 +116,7 @@ def _per_sample(a: FloatArray, b: FloatArray, starts: npt.NDArray[np.int64]) -> 
 
 
 def search_activation(
-    start: TensorQuantizer, readers: Sequence[Reader], options: SearchOptions
+    start: TensorQuantizer, readers: Sequence[Reader], options: SearchOptions, *, near: bool = False
 ) -> tuple[TensorQuantizer, float, float]:
     """The best quantizer on the grid.
 
@@ -107,23 +124,27 @@ def search_activation(
         start: The quantizer with ``S0``.
         readers: The layers that read the tensor; at least one.
         options: Settings.
+        near: Whether ``start`` is the result of a search: if a search costs much, it looks around that only.
 
     Returns:
         The best quantizer (``start`` unless a candidate is better), its score, and the score of ``start``.
     """
     multiples = np.linspace(options.alpha, options.beta, options.candidates)
-    scores: dict[int, float] = {}
+    scores: dict[tuple[int, bool], float] = {}
 
-    def score(index: int) -> float:
-        if index not in scores:
-            scores[index] = score_of(scaled(start, float(multiples[index])), readers, options.objective)
-        return scores[index]
+    def score(index: int, *, thinned: bool = False) -> float:
+        if (index, thinned) not in scores:
+            seen = [reader.thinned for reader in readers] if thinned else readers
+            scores[index, thinned] = score_of(scaled(start, float(multiples[index])), seen, options.objective)
+        return scores[index, thinned]
 
-    best = len(multiples) // 2
-    reach = len(multiples)
-    for step in _STEPS if len(multiples) > 4 * _STEPS[0] else (1,):
+    steps: tuple[int, ...] = _STEPS if len(multiples) > 4 * _STEPS[0] else (1,)
+    best, reach = len(multiples) // 2, len(multiples)
+    if near and len(steps) > 1 and any(reader.thinned is not reader for reader in readers):
+        best, reach, steps = int(np.argmin(np.abs(multiples - 1.0))), steps[0], steps[1:]
+    for step in steps:
         first, last = max(best - reach + 1, 0), min(best + reach, len(multiples))
-        best = max((best, *range(first, last, step)), key=score)
+        best = max((best, *range(first, last, step)), key=functools.partial(score, thinned=step > 1))
         reach = step
     at_start = score_of(start, readers, options.objective)
     # Cosines within 1e-6 are a tie: it goes to the start.

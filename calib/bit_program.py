@@ -18,8 +18,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import scipy.optimize
-import scipy.sparse
 
 # Branches that the solver may look at; a limit of time would make results depend on the machine.
 _NODES = 20_000
@@ -98,6 +96,10 @@ def _solution(
 ) -> npt.NDArray[np.float64]:
     """0 or 1 for every option: one of each owner, total weight at most 1, smallest total goal."""
     count = int(owner.max()) + 1
+    # 20 MB that nobody without a budget needs.
+    import scipy.optimize
+    import scipy.sparse
+
     one = scipy.sparse.csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(count, len(owner)))
     result = scipy.optimize.milp(
         goal,

@@ -46,8 +46,9 @@ class ChannelStatistics:
             return
         self.low = np.minimum(self.low, columns.min(1))
         self.high = np.maximum(self.high, columns.max(1))
-        self.total += columns.sum(1, dtype=np.float64)
-        self.square += np.einsum("cn,cn->c", columns, columns, dtype=np.float64)
+        # One sample's sums in float32 are exact enough, and several times as fast.
+        self.total += columns.sum(1)
+        self.square += np.einsum("cn,cn->c", columns, columns)
         self.count += columns.shape[1]
 
     @property

@@ -232,7 +232,8 @@ class EasyQuant:
             if not self._search_activations or (site.key is None and site.tensor in self._fixed):
                 break
             readers = [self._reader(layer, data, current[layer.name], weights[layer.name]) for layer in site.layers]
-            found, after_score, at_start = search_activation(quantizer, readers, self._options)
+            near = rounds > 1
+            found, after_score, at_start = search_activation(quantizer, readers, self._options, near=near)
             before_score = at_start if rounds == 1 else before_score
             if found is quantizer:
                 break
@@ -278,12 +279,19 @@ class EasyQuant:
         data = SiteData(site.layers, _quantizer(plan, site), limits)
         inputs = list(dict.fromkeys(layer.input for layer in site.layers))
         stride = max(self._prefix.samples // limits.sampled_samples, 1)
-        streams = self._prefix.stream(done, inputs, decided=before, kept=later)
+        whole: set[str] = set()  # layers of whose rows all samples count
+
+        def wanted(index: int) -> bool:
+            return index % stride == 0 or bool(whole)
+
+        streams = self._prefix.stream(done, inputs, decided=before, kept=later, wanted=wanted)
         for index, (exact, quantized) in enumerate(streams):
-            for layer in site.layers:
+            for layer in site.layers if quantized else ():
                 x = quantized[layer.input]
                 positions = sampled_positions(layer, x.shape, limits.positions_per_sample, limits.seed, index)
-                if positions is not None and exact is None and index % stride:
+                if positions is None:
+                    whole.add(layer.name)
+                elif exact is None and index % stride:
                     continue
                 rows = layer.rows(x, positions)
                 if stored is not None:

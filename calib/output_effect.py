@@ -13,15 +13,16 @@ choice on few samples may not have seen, and what one layer clips the next ones 
 where its disadvantage is within one standard error of the paired differences.
 
 Candidates come from the observers (min-max, sample mean, percentile, Lp, entropy), widths between them, and narrower
-ones. A part of the samples sees all of them; the rest decides among the best few. Then one end of a range with two
-signs is moved inwards: what a Relu behind a residual sum cuts off needs no codes, which no observer of the tensor sees.
+ones. A few samples see all of them, and some more those that are not far behind; the rest decides among the best two,
+until one of them is clearly better. Then one end of a range with two signs is moved inwards: what a Relu behind a
+residual sum cuts off needs no codes, which no observer of the tensor sees.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from postquant.calib.in_order import in_order
 from postquant.calib.observers import Range
 from postquant.calib.output_error import SampleError, combined_error, float_outputs
 from postquant.calib.prefix import spaced
+from postquant.calib.sample_front import SampleFront, Values
 from postquant.calib.source import CalibrationSource
 from postquant.passes.session import Session, make_session
 from postquant.passes.storage import reads_original
@@ -44,6 +46,10 @@ _RESULT = "postquant_effect_value_2"
 
 # Effects below this part of the largest one need no finer choice.
 NEGLIGIBLE = 0.1
+# Candidates whose effect is so much larger than the best one's on half of the screening samples see no more of them.
+HOPELESS = 1.5
+# On fewer samples nothing is settled.
+_FEWEST = 8
 # What an end of a range is multiplied by.
 LOW_FACTORS = (0.35, 0.5, 0.7, 0.85)
 HIGH_FACTORS = (0.7, 0.85)
@@ -114,6 +120,27 @@ def candidate_quantizers(spec: QuantSpec, ranges: Mapping[str, Range]) -> dict[s
     return result
 
 
+def _hopeful(effects: Mapping[str, float]) -> list[str]:
+    """Candidates that may still win, and the neighbours of the best.
+
+    Args:
+        effects: Name -> effect, from the widest range to the narrowest.
+    """
+    names = list(effects)
+    best = min(range(len(names)), key=lambda index: effects[names[index]])
+    limit = HOPELESS * effects[names[best]]
+    return [name for index, name in enumerate(names) if abs(index - best) <= 1 or effects[name] <= limit]
+
+
+def _settled(errors: Sequence[Sequence[SampleError]]) -> bool:
+    """Whether one candidate is better than each other one by three standard errors of the paired differences."""
+    best = min(errors, key=combined_error)
+    if len(best) < _FEWEST:
+        return len(errors) == 1
+    differences = [[o.relative - b.relative for o, b in zip(e, best, strict=True)] for e in errors if e is not best]
+    return all(np.mean(d) > 3 * np.std(d, ddof=1) / math.sqrt(len(d)) for d in differences)
+
+
 def _finalists(effects: Mapping[str, float], count: int) -> list[str]:
     """The best candidates of the screening and, from two on, the next wider one than the best.
 
@@ -177,6 +204,7 @@ class OutputEffect:
         # The screening samples come first, themselves spread over all.
         first = spaced(len(self._samples), options.screening)
         self._order = [*first, *(i for i in range(len(self._samples)) if i not in set(first))]
+        self._front = SampleFront(model, self._samples, threads=threads)
         self._outputs = float_outputs(model)
         self._worst = 0.0
         self._reference: list[dict[str, npt.NDArray[Any]]] = []
@@ -227,19 +255,23 @@ class OutputEffect:
             return Choice(candidates[names[0]], names[0], math.inf)
         container = ir.DataType.from_numpy(np.dtype(candidates[names[0]].spec.container))
         suffix, others = self._suffix(tensor, reader, container)
-        begin = make_session(self._model, outputs=[tensor, *others])
-        best, error = self._best(tensor, candidates, begin, suffix)
+        values = self._front.at([tensor, *others])
+        best, error = self._best(tensor, candidates, values, suffix)
         quantizer = candidates[best]
         if ends and error > NEGLIGIBLE * self._worst:
             moved = {best: quantizer, **_moved_ends(best, quantizer)}
             if len(moved) > 1:
-                best, error = self._best(tensor, moved, begin, suffix)
+                best, error = self._best(tensor, moved, values, suffix)
                 quantizer = moved[best]
         self._worst = max(self._worst, error)
         return Choice(quantizer, best, -20 * math.log10(error))
 
     def _best(
-        self, tensor: str, candidates: Mapping[str, TensorQuantizer], begin: Session, suffix: Session
+        self,
+        tensor: str,
+        candidates: Mapping[str, TensorQuantizer],
+        values: Callable[[int], Values],
+        suffix: Session,
     ) -> tuple[str, float]:
         """Name and effect of the best candidate."""
         alive = sorted(candidates, key=lambda name: float(candidates[name].scale), reverse=True)
@@ -247,20 +279,25 @@ class OutputEffect:
 
         def measure(indices: Sequence[int]) -> None:
             def sample_errors(index: int) -> list[SampleError]:
-                feeds = begin.run(self._samples[index])
+                feeds = values(index)
                 return [self._error(suffix, feeds, candidates[n], self._reference[index], tensor) for n in alive]
 
             for found in in_order(sample_errors, indices, self._threads):
                 for name, error in zip(alive, found, strict=True):
                     errors[name].append(error)
 
-        measure(self._order[: self._options.screening])
+        first, screening = -(-self._options.screening // 2), self._options.screening
+        measure(self._order[:first])
+        alive = _hopeful({name: combined_error(errors[name]) for name in alive})
+        measure(self._order[first:screening])
         effects = {name: combined_error(errors[name]) for name in alive}
         # A tensor that does a hundred times less harm than another one needs no finer choice.
         negligible = min(effects.values()) < NEGLIGIBLE * self._worst
         alive = _finalists(effects, 1 if negligible else self._options.finalists)
-        if len(alive) > 1:
-            measure(self._order[self._options.screening :])
+        for begin in range(screening, len(self._order), screening):
+            if _settled([errors[name] for name in alive]):
+                break
+            measure(self._order[begin : begin + screening])
         best = min(alive, key=lambda name: combined_error(errors[name]))
         chosen = next(name for name in alive if name == best or _indistinguishable(errors[name], errors[best]))
         return chosen, combined_error(errors[chosen])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -94,6 +94,7 @@ class Prefix:
         decided: Iterable[str] | None = None,
         float_tensors: Sequence[str] = (),
         kept: Iterable[str] = (),
+        wanted: Callable[[int], bool] | None = None,
     ) -> Iterator[tuple[Sample | None, Sample]]:
         """Tensors for each sample.
 
@@ -105,10 +106,13 @@ class Prefix:
             float_tensors: Further values, of the float network only.
             kept: Values that later calls will ask for although what reads them may lie in front of the start: where
                 tensors share a scale, it is decided with the last of them.
+            wanted: Asked with a sample's index, when its turn comes; the quantized values of a sample that is neither
+                wanted nor needed for a cut are not computed. All are wanted when None.
 
         Yields:
             The float values and those behind the quantized prefix, before their own quantizer, by name. A tensor whose
-            quantizer is decided and stands for a Relu or Clip exists behind that quantizer only.
+            quantizer is decided and stands for a Relu or Clip exists behind that quantizer only. Nothing for what was
+            not computed.
         """
         quantized = emit(self._model, fit_biases(self._model, plan))
         plans = [(self._model, self._float), (quantized, self._quantized)]
@@ -122,7 +126,7 @@ class Prefix:
         present = {value.name for node in quantized.graph for value in node.outputs}
         present.update(value.name for value in quantized.graph.inputs)
         found = {name: name if name in present else f"{name}_dequantized" for name in tensors}
-        wanted = ((*tensors, *float_tensors), tuple(found.values()))
+        asked_of = ((*tensors, *float_tensors), tuple(found.values()))
         sessions = [
             make_session(
                 model,
@@ -131,7 +135,7 @@ class Prefix:
                 dtypes=_dtypes(model, side.start),
                 threads=self._threads,
             )
-            for (model, side), cut, outputs in zip(plans, cuts, wanted, strict=True)
+            for (model, side), cut, outputs in zip(plans, cuts, asked_of, strict=True)
         ]
         self._number += 1
         files = [self._folder / f"{self._number}-{side}.cut" for side in ("float", "quantized")]
@@ -143,6 +147,9 @@ class Prefix:
             float_feeds = self._feeds(self._float, self._float_samples)
             for index, feeds in enumerate(self._feeds(self._quantized, None)):
                 both = index in self._float_samples
+                if not (both or cuts[1] or wanted is None or wanted(index)):
+                    yield None, {}
+                    continue
                 results = [sessions[0].run(next(float_feeds)) if both else None, sessions[1].run(feeds)]
                 if index == 0 and any(writers) and not self._fits(results, cuts):
                     for opened in filter(None, writers):

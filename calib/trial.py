@@ -102,7 +102,7 @@ class Trial:
         session = make_session(model, outputs=wanted)
         statistics = collect(session.run, self._source, wanted, histogram=False)
         del session
-        means = input_means(model, plan, self._source)
+        means = input_means(model, plan, self._source, samples=LEAST_SAMPLES)
         plan = correct_biases(model, start_weights(model, plan), means)
 
         def with_ranges(method: RangeMethod) -> QuantPlan:

@@ -89,6 +89,35 @@ def test_coarse_to_fine_is_close_to_the_best_of_100(layer_case: Any) -> None:
     assert score >= at_start
 
 
+def test_thinned_rows_keep_their_samples(layer_case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = reader_of(layer_case, "MatMul")
+    repeats = -(-1024 // len(reader.rows))
+    rows, target = (np.tile(a, (repeats, 1, 1)) for a in (reader.rows, reader.target))
+    many = dataclasses.replace(reader, rows=rows, target=target, starts=np.array([0, 50, 120, 121]))
+    assert many.thinned is many  # cheap enough
+    many = dataclasses.replace(many)
+    monkeypatch.setattr("postquant.calib.activation_search._CHEAP", 0)
+    thinned = many.thinned
+    stride = min(len(rows) // 256, 4)
+    assert stride > 1
+    taken = np.concatenate([np.arange(a, b, stride) for a, b in ((0, 50), (50, 120), (120, 121), (121, len(rows)))])
+    np.testing.assert_array_equal(thinned.rows, rows[taken])
+    np.testing.assert_array_equal(thinned.target, target[taken])
+    assert [taken[start] for start in thinned.starts] == [0, 50, 120, 121]
+    assert reader.thinned is reader  # few rows
+
+
+def test_a_search_behind_a_search_finds_the_same(layer_case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("postquant.calib.activation_search._CHEAP", 0)
+    monkeypatch.setattr("postquant.calib.activation_search._FEW_ROWS", 32)
+    reader = reader_of(layer_case, "Conv", 2)
+    assert reader.thinned is not reader
+    found, score, _ = search_activation(start_of(4, reader), [reader], SearchOptions())
+    _, near_score, at_start = search_activation(found, [reader], SearchOptions(), near=True)
+    assert at_start == pytest.approx(score, abs=1e-5)
+    assert near_score >= at_start
+
+
 def test_ties_go_to_the_start(layer_case: Any) -> None:
     """Values that 8 bits hold exactly cannot be improved."""
     reader = reader_of(layer_case, "MatMul")

@@ -12,7 +12,8 @@ import pytest
 from postquant.calib.input_spec import input_specs
 from postquant.calib.observers import MinMax
 from postquant.calib.open_source import open_source
-from postquant.calib.output_effect import EffectOptions, OutputEffect, candidate_quantizers
+from postquant.calib.output_effect import EffectOptions, OutputEffect, _hopeful, _settled, candidate_quantizers
+from postquant.calib.output_error import SampleError
 from postquant.calib.ranges import (
     alternatives,
     collect_statistics,
@@ -206,3 +207,22 @@ def test_ranges_and_their_alternatives(model: ir.Model, source: CalibrationSourc
         assert isinstance(entry, TensorQuantizer)
         assert isinstance(wider, TensorQuantizer)
         assert float(wider.scale) >= float(entry.scale) * 0.999
+
+
+def test_candidates_far_behind_are_dropped_but_not_the_neighbours() -> None:
+    effects = {"a": 9.0, "b": 2.9, "c": 4.0, "d": 2.0, "e": 7.0, "f": 3.1}
+    assert _hopeful(effects) == ["b", "c", "d", "e"]
+    assert _hopeful({"only": 1.0}) == ["only"]
+
+
+def test_a_choice_is_settled_when_chance_cannot_explain_it() -> None:
+    def errors(values: list[float]) -> list[SampleError]:
+        return [SampleError(1.0, value, value) for value in values]
+
+    noise = np.random.default_rng(0).uniform(0.9, 1.1, 12)
+    best, close, far = errors(list(noise)), errors(list(noise[::-1] + 0.01)), errors(list(noise + 0.5))
+    assert _settled([far, best])
+    assert not _settled([close, best])
+    assert not _settled([far, best, close])
+    assert not _settled([far[:7], best[:7]])  # too few to tell
+    assert _settled([best[:4]])

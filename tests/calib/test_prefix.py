@@ -105,3 +105,19 @@ def test_values_that_nothing_behind_the_cut_reads_are_kept_on_demand(tmp_path: p
         np.testing.assert_allclose(quantized["t1"], expected["t1"], rtol=1e-5, atol=1e-5)
         # The quantizer of s stands for its Relu: there is no tensor in front of it.
         np.testing.assert_allclose(quantized["s"], expected["s_dequantized"], rtol=1e-5, atol=1e-5)
+
+
+def test_samples_that_nobody_wants_are_not_run(tmp_path: pathlib.Path) -> None:
+    model, source = network()
+    quantizer = TensorQuantizer.from_range(QuantSpec(8, False, False), -6.0, 6.0)
+    plan = QuantPlan("", activations={"x": quantizer, "s": quantizer})
+    prefix = Prefix(model, source, tmp_path, float_samples=1)
+    streamed = list(prefix.stream(plan, ["t1"], wanted=lambda index: index == 3))
+    assert [set(quantized) for _, quantized in streamed] == [{"t1"}, set(), set(), {"t1"}, set()]
+    every = list(prefix.stream(plan, ["t1"]))
+    np.testing.assert_array_equal(streamed[3][1]["t1"], every[3][1]["t1"])
+    # Where a cut is written, later calls need all samples.
+    decided = ["x", "s", "t1", "t2", "t3", "t4"]
+    plan = QuantPlan("", activations=dict.fromkeys(decided, quantizer))
+    cut = list(prefix.stream(plan, ["t5"], decided=decided, kept=["u"], wanted=lambda index: False))
+    assert all(quantized for _, quantized in cut)

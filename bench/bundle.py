@@ -1,6 +1,6 @@
 """Time from the end of a quantization to the written bundle, and the sizes of what is in it, as JSON lines.
 
-    python bench/bundle.py [--models mobilenetv2] [--settings w8a8 w4a8] [--method minmax] [--samples 16]
+    python bench/bundle.py [--models mobilenetv2] [--settings w8a8,w4a8] [--method minmax] [--samples 16]
 
 ``seconds`` is the time of ``complete_bundle`` on a finished result, ``zip_seconds`` that of its archive,
 ``verify_seconds`` that of ``postquant verify`` on the archive; ``report_bytes`` is the size of ``report.html``. One run
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 
+from accuracy import comma_separated
 from cases import CASES, Case, Setting, require_data
 from feeds import write_feeds
 from lines import Line, add_output_options, write_lines
@@ -67,8 +68,8 @@ def markdown(lines: list[Line]) -> str:
 def main() -> int:
     """Prints a line per model and setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["mobilenetv2"], choices=[case.name for case in CASES])
-    parser.add_argument("--settings", nargs="+", default=["w8a8", "w4a8"])
+    parser.add_argument("--models", type=comma_separated([case.name for case in CASES]), default=["mobilenetv2"])
+    parser.add_argument("--settings", type=lambda text: text.split(","), default=["w8a8", "w4a8"])
     parser.add_argument("--method", type=Method, default=Method.MINMAX)
     parser.add_argument("--samples", type=int, default=16)
     add_output_options(parser)

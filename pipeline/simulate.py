@@ -279,4 +279,4 @@ def _round_bias(operands: list[Operand | None], written: ir.Node) -> None:
     scale = np.asarray(x.numbers.scale * w.numbers.scale, np.float32)
     codes = np.rint(np.asarray(bias.plain, np.float32) / scale).astype(np.int32)
     numbers = Affine(scale, np.zeros(scale.shape, np.int32), np.dtype(np.int32), 0 if scale.ndim else None)
-    operands[2] = Operand(codes, numbers)
+    operands[2] = Operand(codes, numbers, rounded_from=bias.plain)

@@ -30,6 +30,7 @@ class Fault(enum.Enum):
     PER_TENSOR = "PER_TENSOR"
     PADDING = "PADDING"
     FUSED_SUM = "FUSED_SUM"
+    FLOAT_BIAS = "FLOAT_BIAS"
 
 
 _HALF_AWAY = """
@@ -256,6 +257,15 @@ def _fused_sum(model: onnx.ModelProto) -> None:
             break  # one of two convolutions has the sum; the other one's result is in memory
 
 
+def _float_bias(model: onnx.ModelProto) -> None:
+    """A Max of one value in front of a layer, behind which onnxruntime leaves float biases alone."""
+    for node in _Graph(model).weighted():
+        copy = helper.make_node("Max", [node.input[0]], [f"{node.name}_input"])
+        node.input[0] = copy.output[0]
+        at = next(k for k, other in enumerate(model.graph.node) if other.name == node.name)
+        model.graph.node.insert(at, copy)
+
+
 _FAULTS: Mapping[Fault, Callable[[onnx.ModelProto], None]] = {
     Fault.HALF_AWAY: _replace_quantizers(_HALF_AWAY + _SATURATE),
     Fault.TRUNCATION: _replace_quantizers(_DOWN + _SATURATE),
@@ -264,5 +274,6 @@ _FAULTS: Mapping[Fault, Callable[[onnx.ModelProto], None]] = {
     Fault.PER_TENSOR: _per_tensor,
     Fault.PADDING: _padding,
     Fault.FUSED_SUM: _fused_sum,
+    Fault.FLOAT_BIAS: _float_bias,
 }
 assert TensorProto.UINT8 == 2

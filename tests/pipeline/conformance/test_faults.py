@@ -74,6 +74,19 @@ def test_one_wrong_layer_is_blamed_alone(cnn_bundle: Any, receivers: Any, tmp_pa
     assert "no rule that was tried explains it" in result.summary
 
 
+def test_a_float_bias_that_is_not_rounded(cases: Any, make_bundle: Any, receivers: Any, tmp_path: pathlib.Path) -> None:
+    """For targets with float biases the expected codes are those of rounded ones, and a receiver may add floats."""
+    model = cases.float_model(cases.cnn)
+    shape = (1, 3, 16, 16)
+    samples = [{"image": (3 * np.random.default_rng(i).normal(size=shape)).astype(np.float32)} for i in range(2)]
+    plan = cases.ranged(model, place(model, load_target("tensorrt"), PlacementSettings()), samples)
+    bundle = make_bundle(tmp_path, model, plan, samples)
+    assert _run(bundle, receivers, None, tmp_path / "good").passed
+    result = _run(bundle, receivers, "FLOAT_BIAS", tmp_path / "float")
+    assert result.rule is Rule.FLOAT_BIAS, result.summary
+    assert result.first.fits[0].explained > 0.99
+
+
 # Whole networks on small images: the layers are those of the real size.
 REAL = {"cifar10/resnet20.onnx": 32, "imagenet/mobilenetv2_1.0.onnx": 64}
 

@@ -1,6 +1,11 @@
 # make demo    quantizes the embedded model and writes a report to demo-out/
 # make test    linter, type checker and tests, as continuous integration runs them
 #
+# make bench              accuracy and cost on real models, ours beside onnxruntime's
+# make bench-latency      time of layers and quantizers, ours beside onnxruntime's
+# make bench-border       rounding borders, part by part
+# make bench-bundle       time and size of the hand-over bundle
+# make bench-learning     steps of learning per second: BENCH_ARGS="MODEL.onnx DATA.npz"
 # make fuzz               random nodes through the operators, under sanitizers, for FUZZ_SECONDS
 # make test-ort-versions  the operator library on old onnxruntimes, each in an environment in build/ort-versions
 #
@@ -19,7 +24,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL_INPUTS := pyproject.toml constraints-dev.txt runtime_ops/CMakeLists.txt $(wildcard runtime_ops/csrc/*)
 
-.PHONY: demo test lint types bench fuzz test-ort-versions clean
+.PHONY: demo test lint types bench bench-latency bench-border bench-bundle bench-learning fuzz test-ort-versions clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -38,6 +43,12 @@ types: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python bench/accuracy.py --json bench-out/accuracy.json --markdown $(BENCH_ARGS)
 	$(BIN)/python bench/calibration.py --json bench-out/calibration.json --markdown $(BENCH_ARGS)
+
+bench-latency bench-border bench-bundle: bench-%: $(VENV)/.installed-dev
+	$(BIN)/python bench/$*.py --json bench-out/$*.json --markdown $(BENCH_ARGS)
+
+bench-learning: $(VENV)/.installed-dev
+	$(BIN)/python bench/learning.py $(BENCH_ARGS)
 
 # With clang on the machine: make fuzz CXX=clang++ FUZZ_BUILD=build/fuzz FUZZ_CMAKE=-DPOSTQUANT_LIBFUZZER=ON \
 #   FUZZ_RUN=-max_total_time=600

@@ -110,6 +110,8 @@ def score_of(quantizer: TensorQuantizer, readers: Sequence[Reader], objective: O
 def _per_sample(a: FloatArray, b: FloatArray, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Inner products of the rows of each sample."""
     flat = np.einsum("pgm,pgm->p", a, b).astype(np.float64)
+    if not np.isfinite(flat).all():  # products of large values do not fit float32
+        flat = np.einsum("pgm,pgm->p", a, b, dtype=np.float64)
     return np.add.reduceat(flat, starts)
 
 

@@ -22,6 +22,8 @@ DoubleArray = npt.NDArray[np.float64]
 
 # Rows are gathered until so many wait: one product of large matrices instead of many of small ones.
 _CHUNK_ROWS = 512
+# Values whose squares float32 can add up, with room to spare.
+_LARGEST = 1e15
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,9 +88,11 @@ class MomentSums:
         self._waiting, self._waiting_rows = [], 0
         self._rows += len(rows)
         self._mean += rows.sum(0, dtype=np.float64)
+        # Products of large values, added up, do not fit float32.
+        large = max(float(rows.max(initial=0.0)), -float(rows.min(initial=0.0))) > _LARGEST
         by_group = rows.transpose(1, 2, 0)
-        if len(self._mean) > 1:  # one matrix BLAS takes as it lies
-            by_group = np.ascontiguousarray(by_group)
+        if large or len(by_group) > 1:  # one matrix BLAS takes as it lies
+            by_group = np.ascontiguousarray(by_group, np.float64 if large else np.float32)
         self._square += np.matmul(by_group, by_group.transpose(0, 2, 1))
 
     def result(self) -> Moments:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from typing import TypeVar
 
 import numpy as np
@@ -30,6 +31,8 @@ FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
 
 _COARSE = 5
+# Second moments below 2^96 are taken as they are: float32 ends at 2^128, and products with weights are added up.
+_MOST_BINARY_DIGITS = 96
 # Smallest |o~|^2 / |o|^2 of a candidate that has a direction; gains are limited to 2, so less is useless anyway.
 LEAST_OUTPUT = 1e-4
 
@@ -83,10 +86,11 @@ class WeightProblem:
         self.layer = layer
         self.matrix = layer.matrix(weight).astype(np.float32)
         self.moments = moments
-        self._square = moments.square.astype(np.float32)
+        square = moments.square / _unit(moments.square)
+        self._square = square.astype(np.float32)
         # With w~ = w + d: <o~,o> = w'Hw + d'(Hw), |o~|^2 = w'Hw + 2 d'(Hw) + d'Hd; the small parts keep their digits.
         exact = self.matrix.astype(np.float64)
-        response = _by_block(moments.square, exact)
+        response = _by_block(square, exact)
         self.energy = np.einsum("gkm,gkm->gm", exact, response)
         self._response = response.astype(np.float32)
 
@@ -101,6 +105,15 @@ class WeightProblem:
         d = candidate - self.matrix
         error: DoubleArray = np.maximum(np.einsum("gkm,gkm->gm", d, _by_block(self._square, d)), 0.0).astype(np.float64)
         return error
+
+
+def _unit(square: DoubleArray) -> float:
+    """What errors of large inputs are counted in, so that float32 holds them; 1 for all others.
+
+    A power of two, so that nothing is rounded; errors are compared with each other and with ``energy`` only.
+    """
+    _, exponent = math.frexp(float(np.abs(square).max(initial=0.0)))
+    return 2.0 ** max(0, exponent - _MOST_BINARY_DIGITS)
 
 
 def _by_block(square: npt.NDArray[F], matrix: npt.NDArray[F]) -> npt.NDArray[F]:

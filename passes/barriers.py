@@ -48,6 +48,21 @@ def add_barriers(graph: ir.Graph, build: Builder, float_biases: AbstractSet[str]
             node.replace_input_with(0, made[source])
 
 
+def rounds_bias(node: ir.Node) -> bool:
+    """Whether onnxruntime makes an int32 bias of a node's float one: rule 1, where no barrier stands.
+
+    That is so for targets with float biases; the error is at most half a step of ``s_x * s_w``.
+
+    Args:
+        node: A Conv, ConvTranspose or Gemm of an emitted graph, or a MatMul with the Add of a vector behind it.
+    """
+    source = node.inputs[0] if node.inputs else None
+    if source is None or node.domain or not _is_dequantized(source):
+        return False
+    found = _bias(node)
+    return found is not None and _is_float_constant(found[0]) and _leads_to_quantizers(found[1])
+
+
 def is_barrier(node: ir.Node) -> bool:
     """Whether a node is a ``Max`` of one value, which changes nothing."""
     return node.op_type == "Max" and not node.domain and len(node.inputs) == 1
@@ -61,21 +76,26 @@ def before_barrier(value: ir.Value | None) -> ir.Value | None:
 
 def _is_quantized(node: ir.Node, float_biases: AbstractSet[str]) -> bool:
     """Whether onnxruntime would quantize a constant of a node if its input were dequantized."""
-    result = node.outputs[0]
-    if node.op_type in _REWRITTEN:
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-    elif node.op_type == "MatMul":
-        add = _only_reader(result)
-        if add is None or add.op_type != "Add" or add.domain:
-            return False
-        bias = next((value for value in add.inputs if value is not result), None)
-        if not (_is_float_constant(bias) or (bias is not None and _is_dequantized(bias))):
-            return False
-        result = add.outputs[0]
-    else:
+    found = _bias(node)
+    if found is None:
         return False
+    bias, result = found
     constant = _is_float_constant(node.inputs[1]) or (bias is not None and bias.name in float_biases)
     return constant and _leads_to_quantizers(result)
+
+
+def _bias(node: ir.Node) -> tuple[ir.Value | None, ir.Value] | None:
+    """The bias of a node that onnxruntime looks at, and the result behind it; None for other nodes."""
+    result = node.outputs[0]
+    if node.op_type in _REWRITTEN:
+        return (node.inputs[2] if len(node.inputs) > 2 else None), result
+    add = _only_reader(result) if node.op_type == "MatMul" else None
+    if add is None or add.op_type != "Add" or add.domain:
+        return None
+    bias = next((value for value in add.inputs if value is not result), None)
+    if not (_is_float_constant(bias) or (bias is not None and _is_dequantized(bias))):
+        return None
+    return bias, add.outputs[0]
 
 
 def _is_float_constant(value: ir.Value | None) -> bool:

@@ -174,6 +174,24 @@ def load_target(target: str | os.PathLike[str]) -> Target:
     return parse_target(_read(target), where=os.fspath(target))
 
 
+def target_files(target: str | os.PathLike[str]) -> tuple[pathlib.Path, ...]:
+    """The files that a target is read from, those that it extends included; none for a built-in one.
+
+    Raises:
+        ConfigError: As for :func:`load_target`.
+    """
+    name, found = os.fspath(target), list[pathlib.Path]()
+    while name not in builtin_targets():
+        found.append(pathlib.Path(name))
+        base = _base(name, _parsed(name))
+        if base is None:
+            break
+        if base in map(os.fspath, found):
+            raise _circle((*map(os.fspath, found), base))
+        name = base
+    return tuple(found)
+
+
 def builtin_targets() -> tuple[str, ...]:
     """Names of the targets that ship with the package."""
     return tuple(sorted(f.name.removesuffix(".toml") for f in _folder().iterdir() if f.name.endswith(".toml")))
@@ -186,7 +204,15 @@ def _folder() -> Any:
 def _read(target: str | os.PathLike[str], seen: tuple[str, ...] = ()) -> dict[str, Any]:
     name = os.fspath(target)
     if name in seen:
-        raise ConfigError("target files extend each other in a circle", where=" -> ".join((*seen, name)))
+        raise _circle((*seen, name))
+    data = _parsed(name)
+    base = _base(name, data)
+    data.pop("extends", None)
+    return data if base is None else _merged(_read(base, (*seen, name)), data)
+
+
+def _parsed(name: str) -> dict[str, Any]:
+    """The tables of one target."""
     if name in builtin_targets():
         text = _folder().joinpath(f"{name}.toml").read_text(encoding="utf-8")
     else:
@@ -203,17 +229,24 @@ def _read(target: str | os.PathLike[str], seen: tuple[str, ...] = ()) -> dict[st
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError("the target file cannot be read", where=name, found=str(error)) from error
     try:
-        data = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError("the target file is not TOML", where=name, found=str(error)) from error
-    base = data.pop("extends", None)
+
+
+def _base(name: str, data: Mapping[str, Any]) -> str | None:
+    """What a target extends: a name, or the path of a file."""
+    base = data.get("extends")
     if base is None:
-        return data
+        return None
     if not isinstance(base, str):
         raise ConfigError("a key of the target file is wrong", where=f"{name}: extends", expected="a target's name")
-    if base.endswith(".toml"):  # relative to the file that names it
-        base = os.fspath(pathlib.Path(name).parent / base)
-    return _merged(_read(base, (*seen, name)), data)
+    # A file is relative to the one that names it.
+    return os.fspath(pathlib.Path(name).parent / base) if base.endswith(".toml") else base
+
+
+def _circle(names: tuple[str, ...]) -> ConfigError:
+    return ConfigError("target files extend each other in a circle", where=" -> ".join(names))
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

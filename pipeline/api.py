@@ -18,6 +18,7 @@ from postquant.passes.plan import QuantPlan, write_atomically
 from postquant.passes.session import custom_operators
 from postquant.passes.target import Target, load_target
 from postquant.pipeline.broken_weights import broken_weights_told
+from postquant.pipeline.budget_report import with_budget
 from postquant.pipeline.bundle.build import CALIBRATION_DATA, CONFORMANCE_SAMPLES, write_bundle
 from postquant.pipeline.bundle.manifest import Manifest
 from postquant.pipeline.checkpoint import Checkpoint
@@ -27,6 +28,7 @@ from postquant.pipeline.fingerprint import digest_file, digest_model, fingerprin
 from postquant.pipeline.html.folder import WHAT_IS_MISSING, folder_page, pages_available, write_page
 from postquant.pipeline.inputs import ModelInput, external_files, model_file, open_calibration, read_data
 from postquant.pipeline.job import Job, Outcome
+from postquant.pipeline.learning import check_learning
 from postquant.pipeline.load import load_model, save_model
 from postquant.pipeline.output import (
     MANIFEST_FILE,
@@ -51,7 +53,8 @@ from postquant.pipeline.progress import NullProgress
 from postquant.pipeline.report import Report, RunStats
 from postquant.pipeline.run_costs import StageClock
 from postquant.pipeline.run_stats import StopWatch
-from postquant.pipeline.stages import run_pipeline
+from postquant.pipeline.setting_files import setting_files
+from postquant.pipeline.stages import run_pipeline, verification_samples
 from postquant.runtime_ops.errors import ConfigError, VerificationError
 
 # A larger model is bundled only when that is asked for.
@@ -137,6 +140,7 @@ def quantize(
     target = target or load_target(config.target)
     clock = StageClock(progress or NullProgress())
     _check_libraries(config)
+    check_learning(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(custom_operators(config.custom_ops))
         folder = None
@@ -148,7 +152,7 @@ def quantize(
         clock.stage("read model")
         job = open_job(path, calibration, config, target, clock, folder)
         with broken_weights_told(job.model):
-            plan, report, folder = _run_in_memory(job) if folder is None else _run_into(folder, job)
+            plan, report, folder = _run_in_memory(job, path) if folder is None else _run_into(folder, job, path)
         stats = watch.read()
         clock.read(stats).save(folder / RUN_FILE)
     result = QuantizationResult(plan, report, stats, folder)
@@ -180,8 +184,10 @@ def open_job(
     model = load_model(path)
     external = external_files(model)
     size = sum(file.stat().st_size for file in (path, *external))
+    named = setting_files(config)
     if folder is not None:
-        check_inputs_stay(folder, (path, *external))
+        data = [pathlib.Path(calibration)] if isinstance(calibration, (str, os.PathLike)) else []
+        check_inputs_stay(folder, (path, *external, *(file.path for file in named), *data))
         if _bundled(config, size):
             check_own(folder)
         check_space(folder, size // 8)  # two-bit weights stored as such would take that much
@@ -195,6 +201,7 @@ def open_job(
         samples=len(source),
         target=target.name,
         settings=config.to_json(),
+        setting_files=tuple(file.digested() for file in named),
         versions=package_versions(),
         size_before=size,
         inputs=inputs,
@@ -208,11 +215,11 @@ def _bundled(config: QuantConfig, size: int) -> bool:
     return size < _LARGEST_BUNDLED if config.bundle is None else config.bundle
 
 
-def _run_into(folder: pathlib.Path, job: Job) -> tuple[QuantPlan, Report, pathlib.Path]:
+def _run_into(folder: pathlib.Path, job: Job, path: pathlib.Path) -> tuple[QuantPlan, Report, pathlib.Path]:
     """Runs with checkpoints, and publishes the result or puts it aside."""
     key = fingerprint(job.report.model_sha256, job.report.data_sha256, job.config, job.target)
     with Checkpoint(folder, key, job.progress.say) as checkpoint:
-        outcome = run_pipeline(dataclasses.replace(job, checkpoint=checkpoint))
+        outcome = _with_peer(run_pipeline(dataclasses.replace(job, checkpoint=checkpoint)), job, path)
         staging = checkpoint.staging()
         report = _write(outcome, staging, job.progress)
         if outcome.failure is None:
@@ -235,13 +242,25 @@ def _run_into(folder: pathlib.Path, job: Job) -> tuple[QuantPlan, Report, pathli
     )
 
 
-def _run_in_memory(job: Job) -> tuple[QuantPlan, Report, pathlib.Path]:
+def _run_in_memory(job: Job, path: pathlib.Path) -> tuple[QuantPlan, Report, pathlib.Path]:
     """Runs without checkpoints; the result goes to a temporary folder."""
-    outcome = run_pipeline(job)
+    outcome = _with_peer(run_pipeline(job), job, path)
     if outcome.failure is not None:
         raise outcome.failure
     folder = pathlib.Path(tempfile.mkdtemp(prefix="postquant."))
     return outcome.plan, _write(outcome, folder, job.progress), folder
+
+
+def _with_peer(outcome: Outcome, job: Job, path: pathlib.Path) -> Outcome:
+    """The outcome with onnxruntime's quantizer beside it, where that is asked for."""
+    if outcome.failure is not None or not job.config.compare_onnxruntime:
+        return outcome
+    from postquant.pipeline.peer import measure_peer  # onnxruntime's quantizer takes a second to import
+
+    job.progress.stage("compare with onnxruntime's quantizer")
+    samples = verification_samples(job.source, job.config)
+    peer = measure_peer(path, job.source, samples, wbits=job.config.wbits, abits=job.config.abits)
+    return dataclasses.replace(outcome, report=dataclasses.replace(outcome.report, peer=peer))
 
 
 def _write(outcome: Outcome, folder: pathlib.Path, progress: NullProgress) -> Report:
@@ -251,7 +270,7 @@ def _write(outcome: Outcome, folder: pathlib.Path, progress: NullProgress) -> Re
     outcome.plan.save(folder / PLAN_FILE)
     write_atomically(folder / STATISTICS_FILE, outcome.statistics.to_bytes())
     digests = {path.name: digest_file(path) for path in sorted(folder.iterdir())}
-    report = dataclasses.replace(outcome.report, size_after=size, files=digests)
+    report = with_budget(dataclasses.replace(outcome.report, size_after=size, files=digests))
     write_atomically(folder / REPORT_FILE, report.to_bytes())
     if pages_available():
         write_page(folder_page(folder), folder / PAGE_FILE)

@@ -105,6 +105,7 @@ def quantize(
     max_positions: Annotated[str | None, option("max_positions")] = None,
     search_work: Annotated[str | None, option("search_work")] = None,
     verify_samples: Annotated[str | None, option("verify_samples")] = None,
+    compare_onnxruntime: Annotated[bool | None, option("compare_onnxruntime")] = None,
     bundle: Annotated[bool | None, option("bundle")] = None,
     encodings: Annotated[str | None, option("encodings")] = None,
     custom_ops: CustomOps = None,
@@ -122,7 +123,10 @@ def quantize(
         options = read_options({name: value for name, value in given.items() if name in fields})
         settings = QuantConfig.from_toml(config, **options) if config else QuantConfig(**options)
         from postquant.pipeline.api import quantize as run
+        from postquant.pipeline.output import check_inputs_stay
 
+        if config is not None:  # the run itself knows the settings only
+            check_inputs_stay(pathlib.Path(out), [pathlib.Path(config)])
         with progress_of(quiet or as_json) as progress:
             result = run(pathlib.Path(model), calib, settings, out=out, progress=progress)
         if as_json:

@@ -231,6 +231,7 @@ class QuantConfig:
         above=0.0,
     )
     verify_samples: int = integer("samples on which the result is verified and measured", default=32, low=1)
+    compare_onnxruntime: bool = flag("measure onnxruntime's own quantizer beside the result", default=False)
     bundle: bool | None = flag("write the hand-over bundle beside the model", none="below 256 MB")
     custom_ops: tuple[str, ...] = paths("libraries with custom operators that the model needs")
     encodings: str | None = text("a vendor's encodings whose numbers are kept", none="none")

@@ -16,6 +16,7 @@ from postquant.calib.trial import Trial
 from postquant.calib.work import forward_work
 from postquant.passes.blocks import Block, cut_blocks
 from postquant.passes.plan import QuantPlan
+from postquant.pipeline.config import QuantConfig
 from postquant.pipeline.job import Job
 from postquant.pipeline.stage_log import StageLog
 from postquant.runtime_ops.errors import ConfigError
@@ -25,18 +26,18 @@ if TYPE_CHECKING:
     from postquant.calib.learn.learner import LearnedBlock
 
 
-def check_learning(job: Job) -> None:
+def check_learning(config: QuantConfig) -> None:
     """Tells before any work that blocks cannot be learned here.
 
     Raises:
         ConfigError: If torch is missing, or the device.
     """
-    if not job.config.learn:
+    if not config.learn:
         return
     require_torch()
     import torch
 
-    if job.config.device is Device.CUDA and not torch.cuda.is_available():
+    if config.device is Device.CUDA and not torch.cuda.is_available():
         raise ConfigError(
             "torch finds no CUDA device",
             where="device",

@@ -45,6 +45,18 @@ BUNDLE_NAMES = (
     MANIFEST_FILE,
     SIGNATURE_FILE,
 )
+# What a run replaces or removes besides.
+_RESULT_NAMES = (
+    MODEL_FILE,
+    DATA_FILE,
+    PLAN_FILE,
+    STATISTICS_FILE,
+    REPORT_FILE,
+    PAGE_FILE,
+    RUN_FILE,
+    FAILED_DIRECTORY,
+    WORK_DIRECTORY,
+)
 _README = "README.txt"
 _PROBE_BYTES = 1 << 16
 
@@ -98,18 +110,26 @@ def check_space(out: pathlib.Path, needed_bytes: int) -> None:
 
 
 def check_inputs_stay(out: pathlib.Path, inputs: Iterable[pathlib.Path]) -> None:
-    """Checks that the result will not replace a file that the run reads.
+    """Checks that the result will not replace a file that the run reads, nor remove a folder with one in it.
 
     Raises:
         OutputError: If it would.
     """
-    inputs = tuple(inputs)
-    for name in (MODEL_FILE, DATA_FILE, PLAN_FILE, REPORT_FILE, QDQ_FILE, f"{QDQ_FILE}.data"):
-        for path in inputs:
-            if (out / name).exists() and path.exists() and os.path.samefile(out / name, path):
+    for path in inputs:
+        for name in (*_RESULT_NAMES, *BUNDLE_NAMES):
+            if _is_within(path, out / name):
                 raise OutputError(
                     "the result would replace a file that the run reads", where=str(path), hint="choose another --out"
                 )
+
+
+def _is_within(path: pathlib.Path, place: pathlib.Path) -> bool:
+    """Whether a path is a file, or lies in a folder, directly or through links."""
+    if not (place.exists() and path.exists()):
+        return False
+    return os.path.samefile(place, path) or any(
+        p.is_relative_to(q) for p, q in ((path.absolute(), place.absolute()), (path.resolve(), place.resolve()))
+    )
 
 
 def check_own(out: pathlib.Path) -> None:

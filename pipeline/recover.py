@@ -21,6 +21,8 @@ from postquant.passes.plan import QuantPlan
 from postquant.pipeline.qdq_structure import Reading, reading
 from postquant.runtime_ops.errors import VerificationError
 
+# Elements that are decoded at a time: double precision takes eight times the bytes of the codes.
+_PART = 1 << 22
 # emit names the codes of a tensor "<name>_quantized", with a number behind it where that name was taken.
 _CODES_NAME = re.compile(r"(.*)_quantized(_\d+)?")
 
@@ -149,14 +151,24 @@ def _dequantized(codes: ir.TensorProtocol, seen: Reading, name: str) -> ir.Tenso
     numbers = seen.numbers
 
     def compute() -> ir.TensorProtocol:
-        integers = np.asarray(codes.numpy()).astype(np.int32)
-        return ir.Tensor(_real(integers, numbers.scale, numbers.zero_point, numbers.axis), name=name)
+        integers = np.asarray(codes.numpy())
+        if integers.size <= _PART or integers.ndim < 2:
+            return ir.Tensor(_real(integers, numbers.scale, numbers.zero_point, numbers.axis), name=name)
+        real = np.empty(integers.shape, np.float32)
+        rows = max(1, _PART * len(integers) // integers.size)
+        for start in range(0, len(integers), rows):
+            part = slice(start, start + rows)
+            scale, zero = numbers.scale, numbers.zero_point
+            if numbers.axis == 0:
+                scale, zero = scale[part], zero[part]
+            real[part] = _real(integers[part], scale, zero, numbers.axis)
+        return ir.Tensor(real, name=name)
 
     return ir.LazyTensor(compute, dtype=ir.DataType.FLOAT, shape=ir.Shape(codes.shape.numpy()), name=name)
 
 
 def _real(
-    codes: npt.NDArray[np.int32], scale: npt.NDArray[np.float32], zero: npt.NDArray[np.int32], axis: int | None
+    codes: npt.NDArray[np.integer], scale: npt.NDArray[np.float32], zero: npt.NDArray[np.int32], axis: int | None
 ) -> npt.NDArray[np.float32]:
     shape = [1] * codes.ndim
     if axis is not None:

@@ -85,6 +85,27 @@ class OutputReport:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PeerReport:
+    """Another quantizer on the same model, calibration samples and measured samples.
+
+    Attributes:
+        quantizer: Name, version and method, for people.
+        wbits: Bits of its weights.
+        abits: Bits of its activations.
+        size: Bytes of its file; 0 where it failed.
+        outputs: Quality of its outputs, as :attr:`Report.outputs`.
+        failure: Why it gave no result, "" where it did.
+    """
+
+    quantizer: str
+    wbits: int
+    abits: int
+    size: int = 0
+    outputs: tuple[OutputReport, ...] = ()
+    failure: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FloatReport:
     """A node that stayed in float, and why."""
 
@@ -141,6 +162,21 @@ class InputReport:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SettingFile:
+    """A file that a setting names: ``target``, ``encodings`` or ``custom_ops``.
+
+    Attributes:
+        setting: The setting.
+        name: File name without folder.
+        sha256: Digest of its content.
+    """
+
+    setting: str
+    name: str
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything about one quantization.
 
@@ -151,6 +187,7 @@ class Report:
         samples: Calibration samples used.
         target: Name of the target.
         settings: :meth:`QuantConfig.to_json`.
+        setting_files: Files that the settings name, with their digests.
         versions: Package -> version.
         size_before: Bytes of the source model with external data.
         size_after: Bytes of the result with external data.
@@ -161,6 +198,7 @@ class Report:
         stages: What happened, in order.
         checks: The verification.
         notes: What else must not go unsaid.
+        peer: onnxruntime's own quantizer beside it; None where nobody asked.
         files: File name -> SHA-256 of the files of the result, this report excepted.
     """
 
@@ -173,6 +211,7 @@ class Report:
     versions: Mapping[str, str]
     size_before: int
     size_after: int = 0
+    setting_files: tuple[SettingFile, ...] = ()
     inputs: tuple[InputReport, ...] = ()
     layers: tuple[LayerReport, ...] = ()
     outputs: tuple[OutputReport, ...] = ()
@@ -180,6 +219,7 @@ class Report:
     stages: tuple[StageReport, ...] = ()
     checks: tuple[CheckReport, ...] = ()
     notes: tuple[str, ...] = ()
+    peer: PeerReport | None = None
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from postquant.passes import biases, semantics
+from postquant.passes.barriers import rounds_bias
 from postquant.passes.lut_expansion import is_exact_post
 from postquant.passes.plan import QuantPlan
 from postquant.passes.weight_codes import weight_codes
@@ -176,6 +177,7 @@ class Simulation:
             if operand is None:
                 return None
             operands.append(operand)
+        _round_bias(operands, written)
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         if node.op_type == "Gemm" and operands[1] is not None and operands[1].codes is not None:
             # They are part of the weight's scale and of the bias.
@@ -236,6 +238,7 @@ class Simulation:
                 return None
             operands.append(operand)
         operands.append(self._constant(add, at, bias, quantized_in_file=codes))
+        _round_bias(operands, written)
         kernel = optimized.by_value.get(tensor.codes, "")
         return Group("MatMul", {}, tuple(operands), kernel)
 
@@ -264,3 +267,16 @@ class Simulation:
         if value.name in self._plan.biases or value.name in self._plan.int_biases:
             return Operand(plain=biases.bias_values(node, value, self._plan))
         return Operand(plain=value.const_value.numpy())
+
+
+def _round_bias(operands: list[Operand | None], written: ir.Node) -> None:
+    """Makes codes of a float bias where onnxruntime does; changes the list."""
+    if len(operands) < 3 or not rounds_bias(written):
+        return
+    x, w, bias = operands
+    if x is None or w is None or bias is None or bias.plain is None or x.numbers is None or w.numbers is None:
+        return
+    scale = np.asarray(x.numbers.scale * w.numbers.scale, np.float32)
+    codes = np.rint(np.asarray(bias.plain, np.float32) / scale).astype(np.int32)
+    numbers = Affine(scale, np.zeros(scale.shape, np.int32), np.dtype(np.int32), 0 if scale.ndim else None)
+    operands[2] = Operand(codes, numbers, rounded_from=bias.plain)

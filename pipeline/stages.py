@@ -55,7 +55,7 @@ from postquant.pipeline.encodings.apply import apply_encodings
 from postquant.pipeline.input_readers import decide_input_readers
 from postquant.pipeline.job import Job, Outcome
 from postquant.pipeline.layer_reports import exact_post_note, float_reports, layer_reports, packing_note
-from postquant.pipeline.learning import check_learning, learn
+from postquant.pipeline.learning import learn
 from postquant.pipeline.methods import code_books, range_method
 from postquant.pipeline.parts import keep_parts
 from postquant.pipeline.prepare import Prepared, prepare
@@ -94,7 +94,6 @@ def run_pipeline(job: Job) -> Outcome:
     # BLAS and onnxruntime split sums by their number of threads and then round differently: threads are over samples
     # (docs/design-notes.md).
     with threadpoolctl.threadpool_limits(1, user_api="blas"), tempfile.TemporaryDirectory(prefix="postquant.") as temp:
-        check_learning(job)
         folder = pathlib.Path(temp)
         threads = job.config.threads or min(os.cpu_count() or 1, _MOST_THREADS)
         log = StageLog(job.progress)
@@ -307,7 +306,7 @@ def _verify(
 ) -> Outcome:
     """Compares the emitted model on onnxruntime with the plan and with the float model."""
     job.progress.stage("verify")
-    samples = SubsetSource(job.source, spaced(len(job.source), job.config.verify_samples))
+    samples = verification_samples(job.source, job.config)
     verification = verify_model(
         model, emitted, plan, samples, strict=False, reference=prepared.model, tensor_samples=TENSOR_SAMPLES
     )
@@ -331,6 +330,11 @@ def _verify(
         notes=(*job.report.notes, *_unique(log.notes), *verification.notes),
     )
     return Outcome(emitted, plan, report, describe(job, model, plan, log.tensor_effects), verification.failure)
+
+
+def verification_samples(source: CalibrationSource, config: QuantConfig) -> CalibrationSource:
+    """The calibration samples that a result is verified and measured on."""
+    return SubsetSource(source, spaced(len(source), config.verify_samples))
 
 
 def _search_options(config: QuantConfig) -> SearchOptions:

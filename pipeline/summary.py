@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from postquant.pipeline.report import CheckReport, FloatReport, LayerReport, Report, RunStats
+from postquant.pipeline.report import CheckReport, FloatReport, LayerReport, OutputReport, PeerReport, Report, RunStats
 
 _LAYERS_SHOWN = 40
 _NAMES_SHOWN = 3
@@ -94,8 +94,9 @@ def _print_totals(report: Report, stats: RunStats | None, console: Console, out:
     if not report.layers:
         _line(console, "no Conv, ConvTranspose, Gemm or MatMul is quantized: the result is hardly smaller or faster")
     for output in report.outputs:
-        agreement = "" if output.agreement is None else f", agreement {100 * output.agreement:.2f} %"
-        _line(console, f"output {output.name}: SQNR {_decimal(output.sqnr_db, 1)} dB{agreement}")
+        _line(console, _output(output))
+    if report.peer is not None:
+        _print_peer(report.peer, console)
     ratio = f" ({100 * report.size_after / report.size_before:.1f} %)" if report.size_before else ""
     _line(console, f"size {megabytes(report.size_before)} -> {megabytes(report.size_after)}{ratio}")
     if stats is not None:
@@ -103,6 +104,19 @@ def _print_totals(report: Report, stats: RunStats | None, console: Console, out:
         _line(console, f"time {stats.seconds:.1f} s{memory}")
     if out is not None:
         _line(console, f"written to {out}")
+
+
+def _output(output: OutputReport) -> str:
+    agreement = "" if output.agreement is None else f", agreement {100 * output.agreement:.2f} %"
+    return f"output {output.name}: SQNR {_decimal(output.sqnr_db, 1)} dB{agreement}"
+
+
+def _print_peer(peer: PeerReport, console: Console) -> None:
+    who = f"{peer.quantizer} (W{peer.wbits}A{peer.abits})"
+    if peer.failure:
+        _line(console, f"{who} could not quantize this model: {peer.failure}")
+    for output in peer.outputs:
+        _line(console, f"{who}: {_output(output)}, {megabytes(peer.size)}")
 
 
 def _line(console: Console, text: str) -> None:

@@ -39,11 +39,13 @@ class Operand:
         codes: Codes of a quantized tensor, else None.
         numbers: Their scale and zero point, else None.
         plain: A constant that is not quantized (float values, shapes, axes), else None.
+        rounded_from: The float values of the file, where onnxruntime makes the codes of them by itself.
     """
 
     codes: Codes | None = None
     numbers: Affine | None = None
     plain: npt.NDArray[Any] | None = None
+    rounded_from: npt.NDArray[Any] | None = None
 
     @property
     def real(self) -> npt.NDArray[Any]:

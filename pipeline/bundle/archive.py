@@ -38,6 +38,8 @@ def write_archive(folder: pathlib.Path, path: pathlib.Path) -> None:
         OutputError: If a file is missing, or the archive cannot be written.
     """
     names = _names(folder, Manifest.load(folder))
+    if path.exists() and any(os.path.samefile(path, folder / name) for name in names if (folder / name).exists()):
+        raise OutputError("the archive would replace a file of the bundle", where=str(path), hint="give another name")
     try:
         handle, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
     except OSError as error:

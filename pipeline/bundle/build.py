@@ -15,6 +15,7 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir as ir
 
+from postquant.passes.free_memory import give_back_memory, release_weights
 from postquant.passes.plan import QuantPlan, write_atomically
 from postquant.passes.standard import standard_model, without_borders
 from postquant.passes.target import Target
@@ -92,6 +93,7 @@ def write_bundle(
     if standard.needs is not None:
         models[QDQ_FILE] = standard.needs
         conformance = standard.conformance
+    _let_go(model)
     encodings = folder / ENCODINGS_DIRECTORY
     encodings.mkdir()
     write_encodings(encodings, recover_float_model(model, plan), plan, target)
@@ -109,6 +111,7 @@ def write_bundle(
         versions=dict(report.versions),
         command=("postquant", "quantize", "MODEL", "--calib", "DATA", "--out", "DIR", "--config", SETTINGS_FILE),
         settings=dict(report.settings),
+        setting_files=report.setting_files,
         licence=licence or _metadata(model, _LICENCE_KEYS),
         origin=origin or _metadata(model, _ORIGIN_KEYS),
     )
@@ -135,7 +138,9 @@ def _write_standard(
         save_model(standard.model, path)
         written, plain = load_model(path, check=False), without_borders(plan)
         recovered = recover_float_model(model, plan)
+        _let_go(model, written)
         _require(check_standard(folder, recovered, plan))
+        _let_go(model, written)
         needs = model_needs(written)
         conformance = write_conformance(folder / CONFORMANCE_DIRECTORY, written, recovered, plain, samples, source)
     except VerificationError as error:
@@ -144,6 +149,13 @@ def _write_standard(
         shutil.rmtree(folder / CONFORMANCE_DIRECTORY, ignore_errors=True)
         return _Standard(None, None, [f"{QDQ_FILE} and {CONFORMANCE_DIRECTORY}/ are left out: {error}"])
     return _Standard(needs, conformance, [f"{QDQ_FILE} differs from {MODEL_FILE}: {c}" for c in standard.changes])
+
+
+def _let_go(*models: ir.Model) -> None:
+    """Gives back the memory of a finished step: of a large model the next one needs as much."""
+    for model in models:
+        release_weights(model)
+    give_back_memory()
 
 
 def _require(check: CheckReport) -> None:

@@ -22,6 +22,7 @@ from postquant.pipeline.output import (
     MODEL_FILE,
     REPORT_FILE,
     SIGNATURE_FILE,
+    check_inputs_stay,
     check_own,
     output_error,
     publish,
@@ -61,10 +62,13 @@ def complete_bundle(
         The manifest as written.
 
     Raises:
-        PostquantError: If there is no result, a file of it has changed, the inputs do not fit, or the key is wrong.
+        PostquantError: If there is no result, a file of it has changed, the inputs do not fit, the key is wrong, or a
+            file that is read would be replaced.
     """
     progress = progress or NullProgress()
     key = None if sign_with is None else read_private_key(sign_with)
+    given = [p for p in (sign_with, conformance_inputs) if isinstance(p, (str, os.PathLike))]
+    check_inputs_stay(folder, map(pathlib.Path, given))
     if not (folder / REPORT_FILE).is_file():
         raise ModelError(
             "there is no result to make a bundle of",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from postquant.pipeline.output import MANIFEST_FILE
+from postquant.pipeline.report import SettingFile
 from postquant.runtime_ops.errors import ModelError
 
 SCHEMA_VERSION = 1
@@ -61,6 +62,7 @@ class Manifest:
         versions: Package -> version that made the bundle.
         command: The command that makes it again, in words of a shell; MODEL and DATA stand for the two inputs.
         settings: Every setting of it.
+        setting_files: Files that the settings name: ``setting``, ``name`` and ``sha256`` of each.
         licence: Licence of the model; None if nobody said.
         origin: Where the model comes from; None if nobody said.
         signer: Ed25519 public key, 32 bytes in hex, that ``manifest.sig`` was made with; None for an unsigned bundle.
@@ -77,6 +79,7 @@ class Manifest:
     versions: Mapping[str, str]
     command: tuple[str, ...]
     settings: Mapping[str, Any]
+    setting_files: tuple[SettingFile, ...] = ()
     licence: str | None = None
     origin: str | None = None
     signer: str | None = None
@@ -140,7 +143,8 @@ class Manifest:
             }
             data.pop("manifest_sha256")
             notes, command = tuple(data.pop("notes")), tuple(data.pop("command"))
-            result = cls(files=files, models=models, notes=notes, command=command, **data)
+            named = tuple(SettingFile(**entry) for entry in data.pop("setting_files"))
+            result = cls(files=files, models=models, notes=notes, command=command, setting_files=named, **data)
             _check(result, content)
         except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
             raise ModelError("the manifest is damaged", where=where, found=str(error)) from None

@@ -8,19 +8,22 @@ wrong, and the first tensor that departs names the operator that is to blame. Th
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from postquant.passes import semantics
 from postquant.passes.plan import QuantPlan
 from postquant.passes.standard import without_borders
 from postquant.pipeline.conformance.dumps import Dumps, OffGridError
 from postquant.pipeline.conformance.expected import Conformance, ExpectedSample, ExpectedTensor
-from postquant.pipeline.conformance.result import Fit, OutputResult, Result, Status, TensorResult
-from postquant.pipeline.conformance.rules import Rule, Site, variants
+from postquant.pipeline.conformance.fused import Addend, unrounded_sums
+from postquant.pipeline.conformance.result import OutputResult, Result, Status
+from postquant.pipeline.conformance.rules import Site, Variant, variants
+from postquant.pipeline.conformance.tally import Tally
 from postquant.pipeline.kernels import observed_session
 from postquant.pipeline.load import load_model
 from postquant.pipeline.output import CONFORMANCE_DIRECTORY, PLAN_FILE, QDQ_FILE
@@ -28,18 +31,10 @@ from postquant.pipeline.recover import recover_float_model
 from postquant.pipeline.simulate import Simulation
 from postquant.pipeline.stored import Stored
 from postquant.runtime_ops.errors import ModelError
-from postquant.runtime_ops.integer import Affine, Prediction, compare_codes
+from postquant.runtime_ops.integer import Affine, Prediction
 
 Codes = npt.NDArray[np.int32]
 
-# Share of a tensor's codes that may lie on the other side of a rounding tie.
-_TIES = 1e-3
-# Share that may differ, and by how much, where a tensor can only be compared with the expected codes: while everything
-# in front of it is equal, and when small differences in front of it may have travelled and grown.
-_UNTOUCHED = (1e-2, 1)
-_TRAVELLED = (1e-1, 4)
-# A rule is named where it explains this share of the differences.
-_EXPLAINED = 0.8
 # Tensors, from the first departing one on, at which rules are tried: the first decides, others confirm.
 _TRIED = 8
 
@@ -93,7 +88,7 @@ class _Comparison:
         self.expected, self.simulation = expected, simulation
         self.stored = {tensor.codes: tensor for tensor in simulation.stored}
         self.optimized = expected.optimized()
-        self.tensors = {tensor.codes: _Tally(tensor) for tensor in expected.tensors}
+        self.tensors = {tensor.codes: Tally(tensor) for tensor in expected.tensors}
         self.outputs: dict[str, OutputResult] = {}
         self.unknown: set[str] = set()
         self.samples = 0
@@ -146,26 +141,30 @@ class _Comparison:
         """Judges one tensor, ``touched`` says that one in front of it differs; whether rules were tried for it."""
         tally, observed = self.tensors[tensor.codes], dumped[tensor.codes]
         site = self._site(tensor, sample, dumped)
-        if site is None:
-            wanted = sample.codes.get(tensor.key)
-            if wanted is not None:
-                tally.against_expected(observed, wanted.astype(np.int32), touched=touched)
+        if site is not None:
+            differs = tally.against_law(observed, site.limited)
+            if differs and explain:
+                tally.explain(observed, site.limited.codes, self._variants(tensor, site, sample, dumped))
+            return tally.departed
+        wanted = sample.codes.get(tensor.key)
+        if wanted is not None:
+            tally.against_expected(observed, wanted.astype(np.int32), touched=touched)
+        if not (tally.departed and explain):
             return False
-        differs = tally.against_law(observed, site.limited)
-        if differs and explain:
-            tally.explain(observed, site)
-        return tally.departed
+        # A runtime that fuses layers cannot dump what is inside: the law stands for it, to find the rule.
+        filled = {**self._inner(tensor, sample, dumped), **dumped}
+        site = self._site(tensor, sample, filled)
+        if site is not None:
+            tally.explain(observed, site.limited.codes, self._variants(tensor, site, sample, filled))
+        return site is not None
 
-    def _site(self, tensor: ExpectedTensor, sample: ExpectedSample, dumped: Mapping[str, Codes]) -> Site | None:
-        """The tensor as the law computes it from dumped codes; None where they or the law are missing."""
+    def _site(self, tensor: ExpectedTensor, sample: ExpectedSample, codes: Mapping[str, Codes]) -> Site | None:
+        """The tensor as the law computes it from codes; None where they or the law are missing."""
         stored = self.stored.get(tensor.codes)
-        if stored is None or not tensor.law or any(name not in dumped for name in stored.needs):
+        raw = None if stored is None or not tensor.law else self._raw(stored, sample, codes)
+        if stored is None or raw is None or raw.codes.shape != codes[tensor.codes].shape:
             return None
-        arrays = {name: dumped[name].astype(self.stored[name].quantizer.spec.container) for name in stored.needs}
-        arrays[tensor.codes] = dumped[tensor.codes]
-        raw = self.simulation.unlimited(stored, arrays, sample.inputs, self.optimized)
-        if raw is None or raw.codes.shape != dumped[tensor.codes].shape:
-            return None
+        arrays = self._arrays(stored, codes)
         return Site(
             group=None if stored.stored_codes is not None else self.simulation.group(stored, arrays, self.optimized),
             out=Affine.of(stored.quantizer),
@@ -174,6 +173,46 @@ class _Comparison:
             opset=self.simulation.opset,
             **_bounds(self.simulation, stored),
         )
+
+    def _raw(self, stored: Stored, sample: ExpectedSample, codes: Mapping[str, Codes]) -> Prediction | None:
+        """The law of a tensor from the codes in front of it, without clips; None where they are missing."""
+        if any(name not in codes for name in stored.needs):
+            return None
+        return self.simulation.unlimited(stored, self._arrays(stored, codes), sample.inputs, self.optimized)
+
+    def _arrays(self, stored: Stored, codes: Mapping[str, Codes]) -> dict[str, npt.NDArray[Any]]:
+        """The codes in front of a tensor in their containers, and its own."""
+        own = {stored.codes: codes[stored.codes]} if stored.codes in codes else {}
+        return {name: codes[name].astype(self.stored[name].quantizer.spec.container) for name in stored.needs} | own
+
+    def _product(self, name: str, sample: ExpectedSample, codes: Mapping[str, Codes]) -> Prediction | None:
+        """The law, behind all clips, of a tensor that a weighted operator computes; None for others."""
+        stored = self.stored.get(name)
+        if stored is None or stored.node is None or stored.node.op_type not in semantics.WEIGHTED:
+            return None
+        raw = self._raw(stored, sample, codes)
+        return None if raw is None else self.simulation.limited(stored, raw)
+
+    def _inner(self, tensor: ExpectedTensor, sample: ExpectedSample, dumped: Mapping[str, Codes]) -> dict[str, Codes]:
+        """Results of weighted operators that a tensor reads and that were not dumped, from the codes before them."""
+        laws = {name: self._product(name, sample, dumped) for name in tensor.needs if name not in dumped}
+        return {name: law.codes for name, law in laws.items() if law is not None}
+
+    def _variants(
+        self, tensor: ExpectedTensor, site: Site, sample: ExpectedSample, codes: Mapping[str, Codes]
+    ) -> Iterator[Variant]:
+        """What the tensor would be by every rule."""
+        yield from variants(site)
+        stored = self.stored[tensor.codes]
+        if stored.node is None or stored.node.op_type != "Add" or len(stored.needs) != 2:
+            return
+        addends = []
+        for name in stored.needs:
+            part = self.stored[name]
+            node = "" if part.node is None else part.node.name or ""
+            law = self._product(name, sample, codes)
+            addends.append(Addend.of(node, codes[name], Affine.of(part.quantizer), law))
+        yield from unrounded_sums(site, addends)
 
     def result(self, outputs: pathlib.Path) -> Result:
         tensors = tuple(tally.result() for tally in self.tensors.values())
@@ -198,99 +237,3 @@ def _bounds(simulation: Simulation, stored: Stored) -> dict[str, int]:
     extremes = np.asarray([-(2**24), 2**24])
     limited = simulation.limited(stored, Prediction(extremes.astype(np.int32), extremes.astype(np.float64))).codes
     return {"low": int(limited[0]), "high": int(limited[1])}
-
-
-class _Tally:
-    """Differences of one tensor over all samples."""
-
-    def __init__(self, tensor: ExpectedTensor) -> None:
-        self.tensor = tensor
-        self.codes = self.ties = self.mismatches = self.worst = 0
-        self.differences = 0
-        self.first: tuple[tuple[int, ...], int, int] | None = None
-        self.problem: tuple[Status, str] | None = None
-        self.layout = self.basis = ""
-        self.departed = False
-        # (rule, detail) -> differences that are left if the receiver did that.
-        self.left: dict[tuple[Rule, str], int] = {}
-        self.tried = 0
-
-    def fail(self, status: Status, text: str) -> None:
-        self.problem = (status, text)
-
-    def against_law(self, observed: Codes, law: Prediction) -> bool:
-        """Compares with the law; whether any code of this sample differs."""
-        self.basis = "the receiver's codes in front of it"
-        agreement = compare_codes(law, observed)
-        self.codes += agreement.codes
-        self.ties += agreement.ties
-        self.mismatches += agreement.mismatches
-        self.worst = max(self.worst, agreement.worst)
-        departs = agreement.mismatches > 0 or agreement.ties > max(1, _TIES * agreement.codes)
-        if departs and self.first is None:
-            self.first = agreement.first or _first(observed, law.codes)
-        self.departed = self.departed or departs
-        return agreement.mismatches + agreement.ties > 0
-
-    def against_expected(self, observed: Codes, wanted: Codes, *, touched: bool) -> None:
-        """Compares with the expected codes, which small differences in front of the tensor change too."""
-        self.basis = "the expected codes"
-        difference = np.abs(observed - wanted)
-        differing = int(np.count_nonzero(difference))
-        worst = int(difference.max(initial=0))
-        self.codes += difference.size
-        self.worst = max(self.worst, worst)
-        share, most = _TRAVELLED if touched else _UNTOUCHED
-        if worst > most or differing > max(1, share * difference.size):
-            self.mismatches += differing
-            self.first = self.first or _first(observed, wanted)
-            self.departed = True
-        else:
-            self.ties += differing
-
-    def explain(self, observed: Codes, site: Site) -> None:
-        """Tries every rule on the differences of one sample."""
-        self.tried += int(np.count_nonzero(observed != site.limited.codes))
-        for variant in variants(site):
-            key = (variant.rule, variant.detail)
-            left = int(np.count_nonzero(observed != variant.codes))
-            self.left[key] = self.left.get(key, 0) + left
-
-    def result(self) -> TensorResult:
-        if self.problem is not None:
-            status, detail = self.problem
-        else:
-            detail = ""
-            status = Status.MISSING
-            if self.basis:
-                status = Status.DEPARTS if self.departed else Status.TIES if self.ties else Status.EQUAL
-        return TensorResult(
-            tensor=self.tensor,
-            status=status,
-            detail=detail,
-            basis=self.basis,
-            layout=self.layout,
-            codes=self.codes,
-            ties=self.ties,
-            mismatches=self.mismatches,
-            worst=self.worst,
-            first=self.first,
-            fits=self._fits(),
-        )
-
-    def _fits(self) -> tuple[Fit, ...]:
-        """The best variant of each rule that explains enough, the best rule first."""
-        best: dict[Rule, Fit] = {}
-        for (rule, detail), left in self.left.items():
-            explained = 1.0 - left / self.tried if self.tried else 0.0
-            if explained >= _EXPLAINED and (rule not in best or explained > best[rule].explained):
-                best[rule] = Fit(rule, detail, explained)
-        return tuple(sorted(best.values(), key=lambda fit: -fit.explained))
-
-
-def _first(observed: Codes, wanted: Codes) -> tuple[tuple[int, ...], int, int] | None:
-    where: Sequence[npt.NDArray[Any]] = np.nonzero(observed != wanted)
-    if not where[0].size:
-        return None
-    index = tuple(int(axis[0]) for axis in where)
-    return index, int(wanted[index]), int(observed[index])

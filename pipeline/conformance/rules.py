@@ -15,6 +15,8 @@ Each variant says which codes a receiver would get from the same inputs if it br
 | padding | borders of a convolution are filled with the code 0 instead of the zero point |
 | zero point | the zero point of the input or of the output is left out |
 | bias | the bias is left out |
+| float bias | a float bias is added as it is, where onnxruntime rounds it to int32 |
+| fused sum | a result is added without being rounded first (:mod:`postquant.pipeline.conformance.fused`) |
 """
 
 from __future__ import annotations
@@ -50,6 +52,8 @@ class Rule(enum.Enum):
     PADDING = "padding with the wrong value"
     ZERO_POINT = "zero point left out"
     BIAS = "bias left out"
+    FLOAT_BIAS = "float bias added as it is"
+    FUSED_SUM = "rounding left out before a fused sum"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -242,6 +246,8 @@ def _other_operands(site: Site, group: Group) -> Iterator[Variant]:
             yield from _law(site, wide, Rule.PADDING, "the code 0", [Operand(padded, numbers), *operands[1:]])
     if bias is not None:
         yield from _law(site, group, Rule.BIAS, "", [x, w, None])
+        if bias.rounded_from is not None:
+            yield from _law(site, group, Rule.FLOAT_BIAS, "", [x, w, Operand(plain=bias.rounded_from)])
     if int(site.out.zero_point):
         free = site.raw.codes.astype(np.int64) - int(site.out.zero_point)
         yield Variant(Rule.ZERO_POINT, "of the output", site.saturated(free))

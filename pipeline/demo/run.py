@@ -24,10 +24,10 @@ from rich.table import Table
 
 from postquant.passes.plan import write_atomically
 from postquant.pipeline.config import QuantConfig
-from postquant.pipeline.demo.digits import Digits, load_digits
+from postquant.pipeline.demo.digits import INPUT_NAME, Digits, load_digits
 from postquant.pipeline.demo.measure import Row, logits, measure
-from postquant.pipeline.demo.peer import OFFERED, PeerMethod, quantize_with_onnxruntime
 from postquant.pipeline.fingerprint import package_versions
+from postquant.pipeline.ort_quantizer import OFFERED, PeerMethod, quantize_with_onnxruntime
 
 SCHEMA_VERSION = 1
 _WIDTHS = ((8, 8), (7, 7), (4, 8), (4, 4))
@@ -124,7 +124,8 @@ def _theirs(
             continue
         result = folder / f"w{wbits}a{abits}-{method.value}.onnx"
         start = time.perf_counter()
-        quantize_with_onnxruntime(model, result, digits.calibration, wbits=wbits, abits=abits, method=method)
+        feeds = ({INPUT_NAME: image[np.newaxis]} for image in digits.calibration)
+        quantize_with_onnxruntime(model, result, feeds, wbits=wbits, abits=abits, method=method)
         seconds = time.perf_counter() - start
         yield measure(result, digits, reference, bits=bits, quantizer=label, seconds=seconds)
 

@@ -46,6 +46,15 @@ def test_a_result_may_be_asked_for_in_between() -> None:
     np.testing.assert_allclose(found.square, 2.5)
 
 
+@pytest.mark.parametrize("size", [1e16, 1e30, 1e38])
+def test_large_values_do_not_overflow(size: float) -> None:
+    rows = (np.random.default_rng(0).uniform(-1, 1, (600, 2, 3)) * size).astype(np.float32)
+    sums = MomentSums(2, 3)
+    sums.update(rows)
+    exact = rows.astype(np.float64)
+    np.testing.assert_allclose(sums.result().square, np.einsum("pgk,pgl->gkl", exact, exact) / 600, rtol=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["Conv", "depthwise", "MatMul"])
 def test_errors_of_any_weight_follow_from_them(layer_case: Any, kind: str) -> None:
     case = layer_case(kind)

@@ -73,6 +73,7 @@ def test_every_key_can_be_read_from_a_file(tmp_path: pathlib.Path) -> None:
         max_positions = 100
         search_work = 2e12
         verify_samples = 8
+        compare_onnxruntime = true
         bundle = false
         encodings = "none"
         custom_ops = ["lib.so"]

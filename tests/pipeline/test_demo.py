@@ -13,7 +13,7 @@ from rich.console import Console
 
 from postquant.pipeline.demo import load_digits, run_demo
 from postquant.pipeline.demo.measure import logits, measure
-from postquant.pipeline.demo.peer import OFFERED, PeerMethod, quantize_with_onnxruntime
+from postquant.pipeline.ort_quantizer import OFFERED, PeerMethod, quantize_with_onnxruntime
 
 FOLDER = importlib.resources.files("postquant.pipeline.demo")
 
@@ -65,8 +65,8 @@ def test_peer_quantizes_silently(
 ) -> None:
     digits = load_digits()
     result = model.with_name("peer.onnx")
-    images = digits.calibration[:64]
-    quantize_with_onnxruntime(model, result, images, wbits=wbits, abits=abits, method=method)
+    feeds = [{"image": image[np.newaxis]} for image in digits.calibration[:64]]
+    quantize_with_onnxruntime(model, result, feeds, wbits=wbits, abits=abits, method=method)
     row = measure(result, digits, logits(model, digits.test), bits="", quantizer="")
     assert row.accuracy is not None
     assert row.accuracy > (0.97 if wbits == 8 else 0.7)

@@ -93,6 +93,25 @@ def test_the_source_model_is_never_replaced(tmp_path: pathlib.Path) -> None:
         check_inputs_stay(tmp_path, (model,))
 
 
+@pytest.mark.parametrize("name", ["encodings/vendor.json", "quant.toml", "conformance/0/x.npz", "manifest.sig"])
+def test_what_a_bundle_replaces(name: str, tmp_path: pathlib.Path) -> None:
+    """Folders of an older bundle go with everything in them, also with a link to a file elsewhere."""
+    (tmp_path / "elsewhere").write_text("x")
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError, match="would replace a file that the run reads"):
+        check_inputs_stay(tmp_path / "out", (path,))
+
+
+def test_other_files_may_lie_in_the_folder(tmp_path: pathlib.Path) -> None:
+    for name in ("mine.toml", "encodings.json", "more/encodings/vendor.json"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        check_inputs_stay(tmp_path, (path, tmp_path / "missing"))
+
+
 def test_publishing_replaces_an_old_result_and_an_old_failure(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "out"
     staging = _stage(tmp_path, model__onnx="new", plan__safetensors="p", report__json="r")

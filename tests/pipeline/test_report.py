@@ -16,7 +16,9 @@ from postquant.pipeline.report import (
     InputReport,
     LayerReport,
     OutputReport,
+    PeerReport,
     Report,
+    SettingFile,
     StageReport,
 )
 from postquant.runtime_ops.errors import ModelError
@@ -104,7 +106,17 @@ def test_missing_report(tmp_path: pathlib.Path) -> None:
 
 def test_every_field_is_documented() -> None:
     text = (pathlib.Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
-    classes = (Report, LayerReport, OutputReport, FloatReport, StageReport, CheckReport, InputReport)
+    classes = (
+        Report,
+        SettingFile,
+        LayerReport,
+        OutputReport,
+        PeerReport,
+        FloatReport,
+        StageReport,
+        CheckReport,
+        InputReport,
+    )
     for cls in classes:
         for field in dataclasses.fields(cls):
             assert f"| `{field.name}` |" in text, f"{cls.__name__}.{field.name} is not in docs/report.md"

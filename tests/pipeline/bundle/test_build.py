@@ -13,16 +13,22 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from onnx.reference import ReferenceEvaluator
+from typer.testing import CliRunner
 
 import postquant
 from postquant.passes.plan import QuantPlan
 from postquant.passes.standard import standard_model, without_borders
+from postquant.pipeline.bundle.archive import write_archive
 from postquant.pipeline.bundle.complete import complete_bundle
 from postquant.pipeline.bundle.manifest import Manifest
 from postquant.pipeline.bundle.settings_file import settings_toml
+from postquant.pipeline.cli import app
 from postquant.pipeline.config import Border, ImageConfig, Method, OverrideConfig
 from postquant.pipeline.conformance.arrays import read_arrays
+from postquant.pipeline.recover import recover_float_model
 from postquant.pipeline.verify_folder import verify_folder
 from postquant.runtime_ops.errors import OutputError, VerificationError
 
@@ -71,6 +77,57 @@ def test_the_settings_make_it_again(made: pathlib.Path, tmp_path: pathlib.Path) 
     config = postquant.QuantConfig.from_toml(str(made / "quant.toml"))
     again = postquant.quantize(made.parent / "net.onnx", made.parent / "calib.npz", config, out=tmp_path / "again")
     assert (again.folder / "manifest.json").read_bytes() == (made / "manifest.json").read_bytes()
+
+
+def test_files_that_settings_name(made: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Target files, with those that they extend, and encodings: by name and digest, and they make the bundle again."""
+    (tmp_path / "base.toml").write_text('extends = "onnxruntime"\nname = "base"\n')
+    (tmp_path / "mine.toml").write_text('extends = "base.toml"\nname = "mine"\n')
+    shutil.copyfile(made / "encodings" / "aimet-2.0.0.encodings", tmp_path / "vendor.encodings")
+    config = postquant.QuantConfig(
+        method=Method.MINMAX, target=str(tmp_path / "mine.toml"), encodings=str(tmp_path / "vendor.encodings")
+    )
+    data = made.parent / "calib.npz"
+    out = postquant.quantize(made.parent / "net.onnx", data, config, out=tmp_path / "out").folder
+    named = Manifest.load(out).setting_files
+    assert [(file.setting, file.name) for file in named] == [
+        ("target", "mine.toml"),
+        ("target", "base.toml"),
+        ("encodings", "vendor.encodings"),
+    ]
+    for file in named:
+        assert file.sha256 == hashlib.sha256((tmp_path / file.name).read_bytes()).hexdigest()
+        assert file.sha256 in (out / "report.html").read_text(encoding="utf-8")
+    shutil.copyfile(out / "quant.toml", tmp_path / "quant.toml")
+    config = postquant.QuantConfig.from_toml(str(tmp_path / "quant.toml"))
+    again = postquant.quantize(made.parent / "net.onnx", data, config, out=tmp_path / "again").folder
+    assert (again / "manifest.json").read_bytes() == (out / "manifest.json").read_bytes()
+
+
+def test_what_a_run_reads_is_not_replaced(made: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """An older bundle's folders are removed: a vendor's file, settings, data or a key in them would be lost."""
+    folder = shutil.copytree(made, tmp_path / "out")
+    model, samples = str(made.parent / "net.onnx"), str(made.parent / "calib.npz")
+    vendor = folder / "encodings" / "aimet-2.0.0.encodings"
+    for options in (["--encodings", str(vendor)], ["--config", str(folder / "quant.toml")]):
+        done = CliRunner().invoke(app, ["quantize", model, "--calib", samples, "--out", str(folder), *options])
+        assert done.exit_code == 2, done.output
+        assert "would replace a file that the run reads" in done.output
+    inputs = folder / "conformance" / "0" / "inputs.npz"
+    for data, key in ((inputs, None), (None, _key(folder / "conformance" / "key.pem"))):
+        with pytest.raises(OutputError, match="would replace a file that the run reads"):
+            complete_bundle(folder, conformance_inputs=data, sign_with=key)
+    (folder / "conformance" / "key.pem").unlink()
+    for name in ("model.onnx", "manifest.json"):
+        with pytest.raises(OutputError, match="would replace a file of the bundle"):
+            write_archive(folder, folder / name)
+    assert all(check.passed for check in verify_folder(folder))
+
+
+def _key(path: pathlib.Path) -> pathlib.Path:
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path.write_bytes(Ed25519PrivateKey.generate().private_bytes(*form))
+    return path
 
 
 def test_settings_of_every_kind(tmp_path: pathlib.Path) -> None:
@@ -195,3 +252,17 @@ def test_other_operators_become_their_bodies(cases: Any) -> None:
     assert standard.changes == ()
     assert len(standard.model.graph) == len(case.emitted.graph)
     assert standard.model is not case.emitted
+
+
+def test_large_weights_are_decoded_in_parts(cnn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Part by part or at once: the same bits, for scales along the first axis and along the last one."""
+    whole = recover_float_model(cnn.emitted, cnn.plan).graph.initializers
+    monkeypatch.setattr("postquant.pipeline.recover._PART", 20)
+    parts = recover_float_model(cnn.emitted, cnn.plan).graph.initializers
+    names = [name for name in cnn.plan.weights if whole[name].const_value is not None]
+    assert len(names) == 5
+    for name in names:
+        one, two = (table[name].const_value for table in (whole, parts))
+        assert one is not None
+        assert two is not None
+        np.testing.assert_array_equal(one.numpy(), two.numpy())

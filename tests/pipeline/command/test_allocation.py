@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import onnx
-import onnx.parser
 import pytest
 from typer.testing import CliRunner
 
@@ -18,37 +16,10 @@ from postquant.pipeline.cli import app
 from postquant.pipeline.report import Report
 from postquant.pipeline.sensitivity import SensitivityReport, SensitivityRow
 
-NETWORK = """
-    <ir_version: 8, opset_import: ["" : 17]>
-    net (float[N, 4, 5, 5] x) => (float[N, 4] y)
-    <float[16, 4, 3, 3] w0, float[16] b0, float[16, 16, 3, 3] w1, float[16] b1, float[16, 16, 3, 3] w2, float[16] b2,
-     float[4, 16] w3, float[4] b3> {
-      [stem] c0 = Conv <pads = [1, 1, 1, 1]> (x, w0, b0)
-      [relu0] r0 = Relu (c0)
-      [conv1] c1 = Conv <pads = [1, 1, 1, 1]> (r0, w1, b1)
-      [relu1] r1 = Relu (c1)
-      [conv2] c2 = Conv <pads = [1, 1, 1, 1]> (r1, w2, b2)
-      [sum] a = Add (c2, r0)
-      [relu2] r2 = Relu (a)
-      [pool] p = GlobalAveragePool (r2)
-      [flat] f = Flatten (p)
-      [head] y = Gemm <transB = 1> (f, w3, b3)
-    }
-"""
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("net")
-    model = onnx.parser.parse_model(NETWORK)
-    rng = np.random.default_rng(0)
-    for value in model.graph.value_info:
-        shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
-        array = rng.standard_normal(shape).astype(np.float32) * np.float32(0.1)
-        model.graph.initializer.append(onnx.numpy_helper.from_array(array, value.name))
-    onnx.save_model(model, folder / "net.onnx")
-    np.savez(folder / "calib.npz", x=rng.standard_normal((8, 4, 5, 5)).astype(np.float32))
-    return folder
+def folder(tmp_path_factory: pytest.TempPathFactory, residual_network: Callable[..., pathlib.Path]) -> pathlib.Path:
+    return residual_network(tmp_path_factory.mktemp("net"), inputs=4, channels=16, samples=8, size=0.1)
 
 
 def _run(folder: pathlib.Path, command: str, *arguments: str) -> tuple[int, str]:
@@ -71,6 +42,8 @@ def test_size(folder: pathlib.Path) -> None:
     assert min(bits for bits in widths.values() if bits) < 8
     (stage,) = (stage for stage in report.stages if stage.name == "bit allocation")
     assert stage.detail.startswith("size=0.4x")
+    limit = int(0.4 * report.size_before)
+    assert report.stages[-1].detail == f"size=0.4x is kept: the file has {size:,} of {limit:,} bytes"
     assert report.layers[0].sensitivity["w2"] < report.layers[0].sensitivity["w8"]
     assert {layer.abits for layer in report.layers} == {8}
 

@@ -9,34 +9,14 @@ import pathlib
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 
-import numpy as np
-import onnx
-import onnx.parser
 import pytest
 from typer.testing import CliRunner
 
 from postquant.pipeline import learning
 from postquant.pipeline.cli import app
 from postquant.pipeline.report import Report
-
-NETWORK = """
-    <ir_version: 8, opset_import: ["" : 17]>
-    net (float[N, 2, 5, 5] x) => (float[N, 4] y)
-    <float[4, 2, 3, 3] w0, float[4] b0, float[4, 4, 3, 3] w1, float[4] b1, float[4, 4, 3, 3] w2, float[4] b2,
-     float[4, 4] w3, float[4] b3> {
-      [stem] c0 = Conv <pads = [1, 1, 1, 1]> (x, w0, b0)
-      [relu0] r0 = Relu (c0)
-      [conv1] c1 = Conv <pads = [1, 1, 1, 1]> (r0, w1, b1)
-      [relu1] r1 = Relu (c1)
-      [conv2] c2 = Conv <pads = [1, 1, 1, 1]> (r1, w2, b2)
-      [sum] a = Add (c2, r0)
-      [relu2] r2 = Relu (a)
-      [pool] p = GlobalAveragePool (r2)
-      [flat] f = Flatten (p)
-      [head] y = Gemm (f, w3, b3)
-    }
-"""
 
 STEPS = 10
 # With few steps; killed right after the named stage was saved.
@@ -86,17 +66,9 @@ def _bytes(folder: pathlib.Path) -> list[bytes]:
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def command(tmp_path_factory: pytest.TempPathFactory, residual_network: Callable[..., pathlib.Path]) -> list[str]:
     """The command for a small residual network, without the output folder."""
-    folder = tmp_path_factory.mktemp("net")
-    model = onnx.parser.parse_model(NETWORK)
-    rng = np.random.default_rng(0)
-    for value in model.graph.value_info:
-        shape = [d.dim_value for d in value.type.tensor_type.shape.dim]
-        array = rng.standard_normal(shape).astype(np.float32) * np.float32(0.3)
-        model.graph.initializer.append(onnx.numpy_helper.from_array(array, value.name))
-    onnx.save_model(model, folder / "net.onnx")
-    np.savez(folder / "calib.npz", x=rng.standard_normal((32, 2, 5, 5)).astype(np.float32))
+    folder = residual_network(tmp_path_factory.mktemp("net"), inputs=2, channels=4, samples=32, size=0.3)
     options = ["--calib", str(folder / "calib.npz"), "--method", "minmax", "--wbits", "3", "--abits", "3"]
     return ["quantize", str(folder / "net.onnx"), *options, "--border", "off", "--learn", "--max-layers", "1", "--out"]
 
@@ -136,7 +108,8 @@ def test_missing_device_is_told_before_any_work(command: list[str], tmp_path: pa
 
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    result = CliRunner().invoke(app, [*command, str(tmp_path / "out"), "--device", "cuda"])
+    missing = [str(tmp_path / "missing.npz") if part.endswith("calib.npz") else part for part in command]
+    result = CliRunner().invoke(app, [*missing, str(tmp_path / "out"), "--device", "cuda"])
     assert result.exit_code == 2
     assert "torch finds no CUDA device" in result.output
 

@@ -228,6 +228,16 @@ def test_int4_storage_raises_the_operator_set(text: str) -> None:
     assert sqnr(model, result, data) > 10
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_inputs_of_any_size(size: float, cases: Any) -> None:
+    """No warning reaches the user (here warnings are errors), and the numbers are those of inputs of size one."""
+    rng = np.random.default_rng(0)
+    samples = [{"image": (rng.normal(size=(1, 3, 16, 16)) * size).astype(np.float32)} for _ in range(4)]
+    model = cases.float_model(cases.cnn.replace("(image, w1, b1)", "(image, w1)"))
+    result = postquant.quantize(model, samples, postquant.QuantConfig(candidates=10))
+    assert result.report.outputs[0].sqnr_db > 15
+
+
 def test_nan_in_a_weight_is_the_models_fault() -> None:
     model = build(RESIDUAL)
 

@@ -29,6 +29,8 @@ class Fault(enum.Enum):
     SATURATION = "SATURATION"
     PER_TENSOR = "PER_TENSOR"
     PADDING = "PADDING"
+    FUSED_SUM = "FUSED_SUM"
+    FLOAT_BIAS = "FLOAT_BIAS"
 
 
 _HALF_AWAY = """
@@ -236,6 +238,34 @@ def _padding(model: onnx.ModelProto) -> None:
     model.graph.node.extend(copies)
 
 
+def _fused_sum(model: onnx.ModelProto) -> None:
+    """A sum of a convolution reads its result before QuantizeLinear, clipped to the range that codes stand for."""
+    graph = _Graph(model)
+    convolutions = {node.output[0] for node in graph.weighted()}
+    for node in [node for node in model.graph.node if node.op_type == "Add"]:
+        for index, name in enumerate(node.input):
+            quantizer = graph.made.get(graph.made[name].input[0]) if name in graph.made else None
+            if quantizer is None or quantizer.op_type != "QuantizeLinear" or quantizer.input[0] not in convolutions:
+                continue
+            scale, zero = (graph.array(key) for key in quantizer.input[1:])
+            bounds = (np.array([0, 255], np.float32) - np.float32(zero)) * scale
+            names = [graph.add(f"{node.name}_bound{k}", np.asarray(b, np.float32)) for k, b in enumerate(bounds)]
+            clip = helper.make_node("Clip", [quantizer.input[0], *names], [f"{node.name}_{index}_wide"])
+            node.input[index] = clip.output[0]
+            at = next(k for k, other in enumerate(model.graph.node) if other.name == node.name)
+            model.graph.node.insert(at, clip)
+            break  # one of two convolutions has the sum; the other one's result is in memory
+
+
+def _float_bias(model: onnx.ModelProto) -> None:
+    """A Max of one value in front of a layer, behind which onnxruntime leaves float biases alone."""
+    for node in _Graph(model).weighted():
+        copy = helper.make_node("Max", [node.input[0]], [f"{node.name}_input"])
+        node.input[0] = copy.output[0]
+        at = next(k for k, other in enumerate(model.graph.node) if other.name == node.name)
+        model.graph.node.insert(at, copy)
+
+
 _FAULTS: Mapping[Fault, Callable[[onnx.ModelProto], None]] = {
     Fault.HALF_AWAY: _replace_quantizers(_HALF_AWAY + _SATURATE),
     Fault.TRUNCATION: _replace_quantizers(_DOWN + _SATURATE),
@@ -243,5 +273,7 @@ _FAULTS: Mapping[Fault, Callable[[onnx.ModelProto], None]] = {
     Fault.SATURATION: _replace_quantizers(_EVEN + _WRAP),
     Fault.PER_TENSOR: _per_tensor,
     Fault.PADDING: _padding,
+    Fault.FUSED_SUM: _fused_sum,
+    Fault.FLOAT_BIAS: _float_bias,
 }
 assert TensorProto.UINT8 == 2

@@ -16,7 +16,7 @@ from postquant.pipeline.conformance.rules import Rule
 from postquant.pipeline.load import load_model
 from postquant.pipeline.prepare import prepare
 
-FAULTS = ("HALF_AWAY", "TRUNCATION", "FIXED_POINT", "SATURATION", "PER_TENSOR", "PADDING")
+FAULTS = ("HALF_AWAY", "TRUNCATION", "FIXED_POINT", "SATURATION", "PER_TENSOR", "PADDING", "FUSED_SUM")
 
 
 def _run(bundle: Any, receivers: Any, fault: str | None, folder: pathlib.Path) -> Any:
@@ -41,7 +41,7 @@ def test_a_fault_is_named(fault: str, tie_bundle: Any, receivers: Any, tmp_path:
     assert not result.passed
     assert result.rule is Rule[fault], result.summary
     assert result.first.fits[0].explained > 0.99
-    where = {"TRUNCATION": "image_quantized"}.get(fault, "r1_quantized")
+    where = {"TRUNCATION": "image_quantized", "FUSED_SUM": "sum_quantized"}.get(fault, "r1_quantized")
     assert result.first.tensor.codes == where
     if fault == "PADDING":  # of the layers with padding, those whose zero point is the code 0 are right
         assert {t.tensor.node for t in result.tensors if t.failed} <= {"conv1", "reduce"}
@@ -74,6 +74,19 @@ def test_one_wrong_layer_is_blamed_alone(cnn_bundle: Any, receivers: Any, tmp_pa
     assert "no rule that was tried explains it" in result.summary
 
 
+def test_a_float_bias_that_is_not_rounded(cases: Any, make_bundle: Any, receivers: Any, tmp_path: pathlib.Path) -> None:
+    """For targets with float biases the expected codes are those of rounded ones, and a receiver may add floats."""
+    model = cases.float_model(cases.cnn)
+    shape = (1, 3, 16, 16)
+    samples = [{"image": (3 * np.random.default_rng(i).normal(size=shape)).astype(np.float32)} for i in range(2)]
+    plan = cases.ranged(model, place(model, load_target("tensorrt"), PlacementSettings()), samples)
+    bundle = make_bundle(tmp_path, model, plan, samples)
+    assert _run(bundle, receivers, None, tmp_path / "good").passed
+    result = _run(bundle, receivers, "FLOAT_BIAS", tmp_path / "float")
+    assert result.rule is Rule.FLOAT_BIAS, result.summary
+    assert result.first.fits[0].explained > 0.99
+
+
 # Whole networks on small images: the layers are those of the real size.
 REAL = {"cifar10/resnet20.onnx": 32, "imagenet/mobilenetv2_1.0.onnx": 64}
 
@@ -93,7 +106,7 @@ def test_real_networks(
     size = REAL[name]
     value.shape = ir.Shape([None, 3, None, None]) if size != 32 else value.shape
     samples = [{value.name or "": np.random.default_rng(0).normal(size=(1, 3, size, size)).astype(np.float32)}]
-    prepared = prepare(model, samples, opset=17, simplify=False, custom_ops=(), folder=tmp_path).model
+    prepared = prepare(model, samples, opset=17, simplify=True, custom_ops=(), folder=tmp_path).model
     plan = cases.ranged(prepared, place(prepared, load_target("onnxruntime"), PlacementSettings()), samples)
     (tmp_path / "plain").mkdir()
     (tmp_path / "powers").mkdir()

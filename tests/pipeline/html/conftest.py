@@ -104,7 +104,7 @@ def result(cases: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path
     out: pathlib.Path = tmp_path_factory.mktemp("result") / "out"
     rng = np.random.default_rng(5)
     samples = [{"image": rng.normal(size=(1, 3, 16, 16)).astype(np.float32)} for _ in range(4)]
-    config = QuantConfig(wbits=4, abits=4, method=Method.MINMAX, threads=1, bundle=False)
+    config = QuantConfig(wbits=4, abits=4, method=Method.MINMAX, bundle=False, compare_onnxruntime=True)
     quantize(cases.float_model(cases.cnn), samples, config, out=out)
     return out
 

@@ -12,18 +12,20 @@ import io
 import logging
 import pathlib
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
+import onnxruntime
 import onnxruntime.quantization as ort_quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from postquant.pipeline.demo.digits import INPUT_NAME
+Feed = Mapping[str, npt.NDArray[Any]]
 
 
 class PeerMethod(enum.Enum):
-    """onnxruntime's calibration methods that the demo compares with."""
+    """onnxruntime's calibration methods that we compare with."""
 
     MIN_MAX = "min-max"
     PERCENTILE = "percentile"
@@ -38,43 +40,57 @@ _ACTIVATION_TYPE = {8: ort_quantization.QuantType.QUInt8, 4: ort_quantization.Qu
 OFFERED = ((8, 8), (4, 8), (4, 4))
 
 
+def nearest_offered(wbits: int, abits: int) -> tuple[int, int]:
+    """The narrowest widths of :data:`OFFERED` that are at least as wide as asked for; 8 bits where none are.
+
+    >>> nearest_offered(4, 8), nearest_offered(7, 7), nearest_offered(2, 2), nearest_offered(8, 16)
+    ((4, 8), (8, 8), (4, 4), (8, 8))
+    """
+    return next(((w, a) for w, a in reversed(OFFERED) if w >= wbits and a >= abits), OFFERED[0])
+
+
 class _Reader(ort_quantization.CalibrationDataReader):  # type: ignore[misc]  # onnxruntime is not typed
-    """Feeds one image at a time."""
+    """Feeds one sample at a time."""
 
-    def __init__(self, images: npt.NDArray[np.float32]) -> None:
-        self._feeds = iter([{INPUT_NAME: images[i : i + 1]} for i in range(len(images))])
+    def __init__(self, feeds: Iterable[Feed]) -> None:
+        self._feeds = iter(feeds)
 
-    def get_next(self) -> dict[str, npt.NDArray[np.float32]] | None:
+    def get_next(self) -> dict[str, npt.NDArray[Any]] | None:
         """The next feed, or None."""
-        return next(self._feeds, None)
+        feed = next(self._feeds, None)
+        return None if feed is None else dict(feed)
 
 
 def quantize_with_onnxruntime(
     model: pathlib.Path,
     result: pathlib.Path,
-    images: npt.NDArray[np.float32],
+    feeds: Iterable[Feed],
     *,
     wbits: int,
     abits: int,
-    method: PeerMethod,
+    method: PeerMethod = PeerMethod.MIN_MAX,
 ) -> None:
     """Writes ``result``.
 
     Args:
         model: The float model.
         result: File to write.
-        images: (N, 1, 8, 8) float32 calibration images.
+        feeds: Calibration samples, input name -> array.
         wbits: Bits of weights.
         abits: Bits of activations; the two together in :data:`OFFERED`.
-        method: How ranges are found.
+        method: How ranges are found. The percentile method keeps every value of every tensor: gigabytes.
+
+    Raises:
+        Exception: Whatever onnxruntime raises; its errors share no base class.
     """
     with _silence(), tempfile.TemporaryDirectory() as folder:
         prepared = pathlib.Path(folder) / "prepared.onnx"
-        quant_pre_process(str(model), str(prepared))
+        # Where its symbolic shape inference fails, it leaves files in the working directory; ONNX's own is enough.
+        quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
         ort_quantization.quantize_static(
             str(prepared),
             str(result),
-            _Reader(images),
+            _Reader(feeds),
             quant_format=ort_quantization.QuantFormat.QDQ,
             per_channel=True,
             weight_type=_WEIGHT_TYPE[wbits],
@@ -83,12 +99,18 @@ def quantize_with_onnxruntime(
         )
 
 
+_WARNING, _FATAL = 2, 4  # severities of onnxruntime's log; warnings are its default
+
+
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """onnxruntime's quantizer prints and logs its steps; the demo's output is its table."""
+    """onnxruntime's quantizer prints, logs and warns of its steps; none of it belongs into our output."""
     logging.disable(logging.WARNING)
+    onnxruntime.set_default_logger_severity(_FATAL)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
+        onnxruntime.set_default_logger_severity(_WARNING)
         logging.disable(logging.NOTSET)

@@ -45,7 +45,7 @@ _SCALE, _ZERO, _LOW, _HIGH = "postquant_scale", "postquant_zero_point", "postqua
 _RESULT = "postquant_effect_value_2"
 
 # Effects below this part of the largest one so far need no finer choice.
-NEGLIGIBLE = 0.25
+NEGLIGIBLE = 0.1
 # Candidates whose effect is so much larger than the best one's on half of the screening samples see no more of them.
 HOPELESS = 1.5
 # On fewer samples nothing is settled.
@@ -204,6 +204,7 @@ class OutputEffect:
         # The screening samples come first, themselves spread over all.
         first = spaced(len(self._samples), options.screening)
         self._order = [*first, *(i for i in range(len(self._samples)) if i not in set(first))]
+        self._copy = model.clone()
         self._front = SampleFront(model, self._samples, threads=threads)
         self._outputs = float_outputs(model)
         self._worst = 0.0
@@ -291,7 +292,7 @@ class OutputEffect:
         alive = _hopeful({name: combined_error(errors[name]) for name in alive})
         measure(self._order[first:screening])
         effects = {name: combined_error(errors[name]) for name in alive}
-        # A tensor that does a sixteenth of the harm of another one, or less, needs no finer choice.
+        # A tensor that does a hundred times less harm than another one needs no finer choice.
         negligible = min(effects.values()) < NEGLIGIBLE * self._worst
         alive = _finalists(effects, 1 if negligible else self._options.finalists)
         for begin in range(screening, len(self._order), screening):
@@ -325,8 +326,7 @@ class OutputEffect:
 
     def _suffix(self, tensor: str, reader: tuple[str, int] | None, container: ir.DataType) -> tuple[Session, list[str]]:
         """A session from the tensor to the outputs with a quantizer fed at run time, and the other values it reads."""
-        copy = self._model.clone()
-        graph = copy.graph
+        graph = self._copy.graph
         values = {v.name: v for v in (*graph.inputs, *(v for node in graph for v in node.outputs))}
         source = values[tensor]
         feeds = [
@@ -348,6 +348,7 @@ class OutputEffect:
         for node, index in uses:
             node.replace_input_with(index, result)
         graph.inputs.extend(feeds)
+        kept_outputs = list(graph.outputs)
         producer = source.producer()
         if producer is None:
             graph.insert_before(next(iter(graph)), [clip, quantize, dequantize])
@@ -374,11 +375,15 @@ class OutputEffect:
             )
         )
         reachable = [name for name in outputs if _producer_of(graph, name) in affected or name == result.name]
-        session = make_session(
-            copy,
-            inputs=[tensor, *others, _SCALE, _ZERO, _LOW, _HIGH],
-            outputs=reachable,
-        )
+        try:
+            session = make_session(self._copy, inputs=[tensor, *others, _SCALE, _ZERO, _LOW, _HIGH], outputs=reachable)
+        finally:
+            # The copy serves the next tensor: a new one each time would cost as much as the session.
+            for node, index in uses:
+                node.replace_input_with(index, source)
+            graph.outputs[:] = kept_outputs
+            graph.remove([dequantize, quantize, clip], safe=True)
+            del graph.inputs[-len(feeds) :]
         return session, others
 
 

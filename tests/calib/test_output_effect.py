@@ -226,3 +226,15 @@ def test_a_choice_is_settled_when_chance_cannot_explain_it() -> None:
     assert not _settled([far, best, close])
     assert not _settled([far[:7], best[:7]])  # too few to tell
     assert _settled([best[:4]])
+
+
+def test_one_tensor_after_the_other(model: ir.Model, source: CalibrationSource) -> None:
+    """What was put into the network for one tensor is gone for the next."""
+    tops = {f"{top}": TensorQuantizer.from_range(UNSIGNED, -top, top) for top in (1.0, 6.0, 40.0)}
+    asked: list[tuple[str, tuple[str, int] | None]] = [("t", None), ("y", None), ("t", ("sum", 1)), ("x", None)]
+    options = EffectOptions(samples=SAMPLES, screening=SAMPLES)
+    effect = OutputEffect(model, source, options)
+    for tensor, reader in [*asked, *asked]:
+        alone = OutputEffect(model, source, options).choose(tensor, tops, reader=reader)
+        again = effect.choose(tensor, tops, reader=reader)
+        assert (again.candidate, again.effect_db) == (alone.candidate, alone.effect_db)

@@ -76,13 +76,17 @@ def test_it_is_in_the_table_the_report_and_the_page(network: pathlib.Path, tmp_p
     assert Report.load(out / "report.json").peer is None
 
 
-def test_a_model_that_it_cannot_quantize_is_a_line_of_the_report(network: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_model_that_it_cannot_quantize_is_a_line_of_the_report(
+    network: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     model = onnx.load(network / "net.onnx")
     model.graph.node[0].op_type, model.graph.node[0].domain = "Unheard", "of"
     model.opset_import.append(onnx.helper.make_opsetid("of", 1))
     onnx.save(model, tmp_path / "odd.onnx")
     source = open_source(network / "calib.npz", input_specs(load_model(network / "net.onnx")))
-    found = measure_peer(tmp_path / "odd.onnx", source, [], wbits=8, abits=8)
+    found = measure_peer(pathlib.Path("odd.onnx"), source, [], wbits=8, abits=8)
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.onnx"], "onnxruntime left a file behind"
     assert found.failure
     assert "\n" not in found.failure
     assert (found.size, found.outputs) == (0, ())

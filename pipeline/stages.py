@@ -42,6 +42,7 @@ from postquant.calib.weight_start import start_weights
 from postquant.passes.biases import fit_biases
 from postquant.passes.emit import emit
 from postquant.passes.equalize import EqualizePass
+from postquant.passes.free_memory import release_weights
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline.alignment import align_and_smooth
 from postquant.pipeline.allocation import Chosen, choose_bits, decide_bits, study
@@ -167,7 +168,11 @@ def _change_graph(
         plan = applied.plan
         log.add("encodings", f"{len(applied.names)} of {job.encodings.size} tensors", kept=bool(applied.names))
         log.note(*applied.notes(job.encodings))
-    return _equalize(job, reference, model, plan, log, threads), plan
+    model = _equalize(job, reference, model, plan, log, threads)
+    # What reading and changing the weights of a large model has mapped: of the file, and of the changed ones.
+    release_weights(reference)
+    release_weights(model)
+    return model, plan
 
 
 def _equalize(job: Job, reference: ir.Model, model: ir.Model, plan: QuantPlan, log: StageLog, threads: int) -> ir.Model:

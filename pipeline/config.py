@@ -69,6 +69,13 @@ class Border(enum.Enum):
     AUTO = "auto"
     ON = "on"
     OFF = "off"
+    LEARNED_OWN = "learned-own"
+    LEARNED_NEIGHBOURS = "learned-neighbours"
+
+    @property
+    def learned(self) -> bool:
+        """Whether they are learned with everything else."""
+        return self in (Border.LEARNED_OWN, Border.LEARNED_NEIGHBOURS)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,6 +268,14 @@ class QuantConfig:
                 hint="[[override]] gives single layers a width",
             )
         self._check_encodings()
+        if self.border.learned and not self.learn:
+            raise ConfigError(
+                "rounding borders are learned only where blocks are",
+                where="border, learn",
+                expected="learn = true",
+                found=f'border = "{self.border.value}", learn = false',
+                hint='border = "on" has borders that nothing is learned for',
+            )
         if self.weights in (Weights.POST, Weights.LUT) and self.method is not Method.EASYQUANT:
             raise ConfigError(
                 "code books of weights are searched by EasyQuant only",
@@ -272,7 +287,7 @@ class QuantConfig:
     def _check_encodings(self) -> None:
         """Refuses what would change the tensors that a vendor's numbers are about."""
         changes = [name for name in ("align_input", "equalize", "cross_layer", "smooth") if getattr(self, name)]
-        changes += ["border"] if self.border is Border.ON else []
+        changes += ["border"] if self.border not in (Border.AUTO, Border.OFF) else []
         if self.encodings is not None and changes:
             raise ConfigError(
                 "settings that change tensors do not go with a vendor's numbers for them",

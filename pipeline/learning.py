@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from postquant.calib.border import MOST_BITS
 from postquant.calib.learn.available import require_torch
-from postquant.calib.learn.recipe import Device, Recipe, judging_samples, network_recipe, recipe_for
+from postquant.calib.learn.recipe import Borders, Device, Recipe, judging_samples, network_recipe, recipe_for
 from postquant.calib.source import SubsetSource
 from postquant.calib.trial import Trial
 from postquant.calib.work import forward_work
 from postquant.passes.blocks import Block, cut_blocks
+from postquant.passes.border_plan import border_sites
 from postquant.passes.plan import QuantPlan
+from postquant.pipeline.config import Border
 from postquant.pipeline.job import Job
 from postquant.pipeline.stage_log import StageLog
 from postquant.runtime_ops.errors import ConfigError
@@ -23,6 +26,12 @@ from postquant.runtime_ops.quantizer import TensorQuantizer
 
 if TYPE_CHECKING:
     from postquant.calib.learn.learner import LearnedBlock
+
+
+_BORDERS = {border: Borders.OFF for border in Border} | {
+    Border.LEARNED_OWN: Borders.OWN,
+    Border.LEARNED_NEIGHBOURS: Borders.NEIGHBOURS,
+}
 
 
 def check_learning(job: Job) -> None:
@@ -91,6 +100,11 @@ def learn(
     gain = 20 * math.log10(max(before.error, 1e-30) / max(after.error, 1e-30))
     count = sum(block.kept for block in found)
     log.add("learning", f"{count} of {len(found)} blocks, {gain:.2f} dB", kept=kept, sqnr_db=after.sqnr_db)
+    if job.config.border.learned:
+        bordered = sum(isinstance(e, TensorQuantizer) and e.border is not None for e in learned.requants.values())
+        log.add("learned rounding borders", f"{bordered} inputs of layers", kept=kept and bordered > 0)
+        refused = border_sites(model, plan, bits=MOST_BITS)[1]
+        log.note(*(f"{name} has no rounding border: {reason}" for name, reason in refused.items()))
     plan = learned if kept else plan
     job.checkpoint.save("learn", plan=plan, data=log.since_resume())
     return plan
@@ -150,7 +164,7 @@ class _Run:
         self._model = model
         self._folder = folder
         work = forward_work(model, job.source)
-        self.recipe = recipe_for(job.config.effort, work)
+        self.recipe = dataclasses.replace(recipe_for(job.config.effort, work), borders=_BORDERS[job.config.border])
         self._parts: list[tuple[Recipe, tuple[Block, ...]]] = [(self.recipe, blocks)]
         self._whole = network_recipe(job.config.effort, work)
 

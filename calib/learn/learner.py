@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 import onnx_ir as ir
 import torch
 
+from postquant.calib.learn.block_borders import with_neutral_borders
 from postquant.calib.learn.block_cache import BlockCache, BlockSamples
 from postquant.calib.learn.block_quantizers import FIXED_BITS, BlockQuantizers
 from postquant.calib.learn.executor import supported
 from postquant.calib.learn.read_keys import keys_read
-from postquant.calib.learn.recipe import Recipe, Rounding
+from postquant.calib.learn.recipe import Borders, Recipe, Rounding
 from postquant.calib.learn.reconstruct import BlockDiffersError, BlockOutcome, reconstruct
 from postquant.passes.blocks import Block
 from postquant.passes.free_memory import hold_memory
@@ -119,10 +120,12 @@ class Learner:
         if unsupported is not None:
             reason = f"torch does not run it: {unsupported}"
             return plan, LearnedBlock(block.name, block.layers, kept=False, reason=reason)
-        decided = self._decided(plan, block)
+        decided, given = self._decided(plan, block), plan
+        if self._recipe.borders is not Borders.OFF:
+            plan = with_neutral_borders(self._model, plan, nodes, decided)
 
         def attempt(recipe: Recipe, samples: BlockSamples) -> tuple[BlockQuantizers, BlockOutcome]:
-            quantizers = BlockQuantizers(self._model, plan, nodes, decided, recipe.rounding, self._device)
+            quantizers = BlockQuantizers(self._model, plan, nodes, decided, recipe, self._device)
             outcome = reconstruct(
                 nodes,
                 block.output,
@@ -135,9 +138,9 @@ class Learner:
             )
             return quantizers, outcome
 
-        if not BlockQuantizers(self._model, plan, nodes, decided, self._recipe.rounding, self._device).narrow:
+        if not BlockQuantizers(self._model, plan, nodes, decided, self._recipe, self._device).narrow:
             reason = f"nothing in it has fewer than {FIXED_BITS} bits"
-            return plan, LearnedBlock(block.name, block.layers, kept=False, reason=reason)
+            return given, LearnedBlock(block.name, block.layers, kept=False, reason=reason)
         with self._cache.load(block, plan) as samples:
             try:
                 quantizers, outcome = attempt(self._recipe, samples)
@@ -150,7 +153,7 @@ class Learner:
                         seconds=first.seconds + outcome.seconds,
                     )
             except BlockDiffersError as error:
-                return plan, LearnedBlock(block.name, block.layers, kept=False, reason=str(error))
+                return given, LearnedBlock(block.name, block.layers, kept=False, reason=str(error))
         learned = LearnedBlock(
             block.name,
             block.layers,
@@ -161,7 +164,7 @@ class Learner:
             iterations=outcome.iterations,
             seconds=outcome.seconds,
         )
-        return quantizers.to_plan(plan) if outcome.kept else plan, learned
+        return quantizers.to_plan(plan) if outcome.kept else given, learned
 
     def _decided(self, plan: QuantPlan, block: Block) -> frozenset[str]:
         """Keys of quantizers that nodes in front of the block's end, and not in it, read through."""

@@ -136,6 +136,13 @@ class ActivationQuantizer:
         self._low, self._high = float(quantizer.spec.qmin - point), float(quantizer.spec.qmax - point)
         self.scale = LearnedScale(quantizer, device)
 
+    def parameters(self) -> list[Tensor]:
+        """What is learned beside the step: nothing."""
+        return []
+
+    def advance(self, share: float) -> None:
+        """Told the share of the iterations that are done: nothing changes."""
+
     def simulate(self, x: Tensor, masks: DropMasks | None) -> Tensor:
         """``x`` behind the quantizer; where ``masks`` drops, it stays float."""
         mask = None if masks is None else masks.like(x)

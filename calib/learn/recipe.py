@@ -25,6 +25,14 @@ class Rounding(enum.Enum):
     FREE = "free"
 
 
+class Borders(enum.Enum):
+    """What is learned of rounding borders (:mod:`postquant.calib.learn.borders`)."""
+
+    OFF = "off"
+    OWN = "own"
+    NEIGHBOURS = "neighbours"
+
+
 class Device(enum.Enum):
     """Where blocks are learned."""
 
@@ -51,6 +59,9 @@ class Recipe:
         beta: Exponent of the regulariser behind the warm-up and at the end.
         keep: Share of activations that QDrop quantizes, and of inputs that come from the quantized prefix.
         validation: Share of the samples that only judge.
+        borders: What is learned of rounding borders.
+        border_rate: Of their coefficients and strengths; falls to zero along a cosine.
+        temperature: Of the borders' soft gradient at the start and at the end; None for straight through.
     """
 
     iterations: int
@@ -65,6 +76,9 @@ class Recipe:
     beta: tuple[float, float] = (20.0, 2.0)
     keep: float = 1.0
     validation: float = 0.125
+    borders: Borders = Borders.OFF
+    border_rate: float = 1e-2
+    temperature: tuple[float, float] | None = (0.2, 0.05)
 
 
 def judging_samples(count: int, share: float) -> list[int]:

@@ -96,6 +96,7 @@ def reconstruct(
     optimizer, schedule = _optimizer(quantizers, recipe, block.size)
     for iteration in range(recipe.iterations):
         schedule(iteration)
+        quantizers.advance(iteration / recipe.iterations)
         chosen = split.batch(recipe.batch)
         result = block.run(block.mixed(chosen, masks), quantizers.reader(masks=masks))
         loss = (result - block.take(samples.target, chosen)).square().mean() / block.variance
@@ -207,6 +208,7 @@ def _optimizer(
         ([b.values for b in biases], recipe.bias_rate * size, True),
         ([w.scale.factor for w in weights], recipe.weight_scale_rate, True),
         ([s.scale.factor for s in steps], recipe.step_rate, True),
+        ([p for s in steps for p in s.parameters()], recipe.border_rate, True),
     ]
     learned = [([p for p in params if p.requires_grad], rate, falls) for params, rate, falls in groups]
     used = [(params, rate, falls) for params, rate, falls in learned if params]

@@ -119,7 +119,7 @@ def test_learning_lowers_the_error_of_the_emitted_model(case: Case, tmp_path: pa
 def test_what_is_learned_is_what_onnxruntime_computes(case: Case, tmp_path: pathlib.Path) -> None:
     plan = case.learn(tmp_path)[0][-1]
     nodes = list(case.model.graph)
-    quantizers = BlockQuantizers(case.model, plan, nodes, frozenset(), Rounding.FREE, CPU)
+    quantizers = BlockQuantizers(case.model, plan, nodes, frozenset(), RECIPE, CPU)
     values = {**constant_values(nodes), "x": torch.from_numpy(np.concatenate([s["x"] for s in case.source]))}
     run_nodes(nodes, values, quantizers.unlearned())
     step = np.abs(_outputs(case, case.plan) - _outputs(case, None)).mean()
@@ -176,9 +176,9 @@ def test_a_block_that_other_codes_make_worse_is_learned_with_the_codes_that_it_h
 
 def test_steps_are_learned_by_their_first_reader(case: Case) -> None:
     nodes = [node for node in case.model.graph if node.name in ("conv1", "relu1", "conv2", "sum", "relu2")]
-    quantizers = BlockQuantizers(case.model, case.plan, nodes, frozenset(), Rounding.FREE, CPU)
+    quantizers = BlockQuantizers(case.model, case.plan, nodes, frozenset(), RECIPE, CPU)
     assert list(quantizers.steps) == ["conv1:0", "r1"]
-    decided = BlockQuantizers(case.model, case.plan, nodes, frozenset({"r1"}), Rounding.FREE, CPU)
+    decided = BlockQuantizers(case.model, case.plan, nodes, frozenset({"r1"}), RECIPE, CPU)
     assert list(decided.steps) == ["conv1:0"]
     widths = {
         key: entry.spec.bits for key, entry in case.plan.activations.items() if isinstance(entry, TensorQuantizer)

@@ -22,13 +22,16 @@ from postquant.pipeline.config import Border
 from postquant.pipeline.job import Job
 from postquant.pipeline.stage_log import StageLog
 from postquant.runtime_ops.errors import ConfigError
+from postquant.runtime_ops.law_adaptive import Feature
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 if TYPE_CHECKING:
     from postquant.calib.learn.learner import LearnedBlock
 
 
-_BORDERS = {border: Borders.OFF for border in Border} | {
+# What an adaptive step sees of its sample.
+_FEATURES = Feature.DEVIATION | Feature.MAXIMUM
+_BORDERS = dict.fromkeys(Border, Borders.OFF) | {
     Border.LEARNED_OWN: Borders.OWN,
     Border.LEARNED_NEIGHBOURS: Borders.NEIGHBOURS,
 }
@@ -100,14 +103,27 @@ def learn(
     gain = 20 * math.log10(max(before.error, 1e-30) / max(after.error, 1e-30))
     count = sum(block.kept for block in found)
     log.add("learning", f"{count} of {len(found)} blocks, {gain:.2f} dB", kept=kept, sqnr_db=after.sqnr_db)
-    if job.config.border.learned:
-        bordered = sum(isinstance(e, TensorQuantizer) and e.border is not None for e in learned.requants.values())
-        log.add("learned rounding borders", f"{bordered} inputs of layers", kept=kept and bordered > 0)
-        refused = border_sites(model, plan, bits=MOST_BITS)[1]
-        log.note(*(f"{name} has no rounding border: {reason}" for name, reason in refused.items()))
+    _tell_roundings(job, model, plan, learned, log, kept=kept)
     plan = learned if kept else plan
     job.checkpoint.save("learn", plan=plan, data=log.since_resume())
     return plan
+
+
+def _tell_roundings(
+    job: Job, model: ir.Model, plan: QuantPlan, learned: QuantPlan, log: StageLog, *, kept: bool
+) -> None:
+    """How many inputs have learned borders and adaptive steps, and which ones cannot."""
+    entries = [entry for entry in learned.requants.values() if isinstance(entry, TensorQuantizer)]
+    wanted = (
+        (job.config.border.learned, "rounding borders", sum(e.border is not None for e in entries)),
+        (job.config.adaptive_step, "adaptive steps", sum(e.adaptive is not None for e in entries)),
+    )
+    for asked, name, count in wanted:
+        if asked:
+            log.add(f"learned {name}", f"{count} inputs of layers", kept=kept and count > 0)
+    if any(asked for asked, _, _ in wanted):
+        refused = border_sites(model, plan, bits=MOST_BITS)[1]
+        log.note(*(f"{name} is rounded to nearest, with a fixed step: {reason}" for name, reason in refused.items()))
 
 
 def learning_blocks(model: ir.Model, plan: QuantPlan, *, max_layers: int = 6) -> tuple[Block, ...]:
@@ -164,7 +180,11 @@ class _Run:
         self._model = model
         self._folder = folder
         work = forward_work(model, job.source)
-        self.recipe = dataclasses.replace(recipe_for(job.config.effort, work), borders=_BORDERS[job.config.border])
+        self.recipe = dataclasses.replace(
+            recipe_for(job.config.effort, work),
+            borders=_BORDERS[job.config.border],
+            adaptive=int(_FEATURES) if job.config.adaptive_step else 0,
+        )
         self._parts: list[tuple[Recipe, tuple[Block, ...]]] = [(self.recipe, blocks)]
         self._whole = network_recipe(job.config.effort, work)
 

@@ -18,6 +18,7 @@ import onnx_ir as ir
 import torch
 
 from postquant.calib.layers import Layer
+from postquant.calib.learn.adaptive import AdaptiveActivation
 from postquant.calib.learn.block_borders import stored_for_readers
 from postquant.calib.learn.borders import BorderedActivation, BorderLearning
 from postquant.calib.learn.quantizers import (
@@ -32,12 +33,12 @@ from postquant.calib.learn.weights import WeightQuantizer, weight_quantizer
 from postquant.passes import semantics
 from postquant.passes.border_plan import wide
 from postquant.passes.plan import QuantPlan
-from postquant.runtime_ops.law_border import border_quantize
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 Tensor = torch.Tensor
 # Activation steps of fewer bits are learned.
 FIXED_BITS = 8
+Step = ActivationQuantizer | BorderedActivation | AdaptiveActivation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ class BlockQuantizers:
         self._fixed: dict[str, Tensor] = {}
         self.weights: dict[str, WeightQuantizer] = {}
         self.biases: dict[str, LearnedBias] = {}
-        self.steps: dict[str, ActivationQuantizer | BorderedActivation] = {}
+        self.steps: dict[str, Step] = {}
         self._layer_of_bias: dict[str, _Layer] = {}
         for layer in self._layers:
             quantizer = plan.weights[layer.weight]
@@ -112,9 +113,9 @@ class BlockQuantizers:
         self._stored_for = stored_for_readers(nodes, plan)
         self._prepare_fixed(model, nodes)
 
-    def _step(
-        self, key: str, entry: TensorQuantizer, nodes: Sequence[ir.Node], recipe: Recipe
-    ) -> ActivationQuantizer | BorderedActivation:
+    def _step(self, key: str, entry: TensorQuantizer, nodes: Sequence[ir.Node], recipe: Recipe) -> Step:
+        if entry.adaptive is not None:
+            return AdaptiveActivation(entry, self._device, learned=bool(recipe.adaptive))
         if entry.border is None:
             return ActivationQuantizer(entry, self._device)
         layer = next(found for node in nodes if f"{node.name}:0" == key and (found := Layer.of(node)) is not None)
@@ -129,6 +130,10 @@ class BlockQuantizers:
         """Told the share of the iterations that are done, in [0, 1)."""
         for step in self.steps.values():
             step.advance(share)
+
+    def penalty(self) -> Tensor | float:
+        """What the steps add to the loss of the last run."""
+        return sum((s.penalty() for s in self.steps.values() if isinstance(s, AdaptiveActivation)), 0.0)
 
     def _prepare_fixed(self, model: ir.Model, nodes: Sequence[ir.Node]) -> None:
         """Constants of the unlearned plan, for comparison."""
@@ -231,19 +236,15 @@ class BlockQuantizers:
         """``x`` behind one quantizer of the plan."""
         step = self.steps.get(key)
         entry = self._plan.requants.get(key) or self._plan.activations.get(key)
-        if step is not None and learned and not (all_steps and isinstance(step, BorderedActivation)):
+        if step is not None and learned and (not all_steps or isinstance(step, ActivationQuantizer)):
             return step.simulate(x, masks)
         if step is not None and learned:
             entry = step.learned()
         elif learned and key in self._stored_for:
             entry = wide([self.steps[reader].learned() for reader in self._stored_for[key]])
         assert isinstance(entry, TensorQuantizer)
-        if entry.border is not None:
-            codes = border_quantize(
-                x.detach().cpu().numpy(),
-                entry.border.law(entry.scale, entry.zero_point, entry.spec.qmin, entry.spec.qmax),
-            )
-            return torch.as_tensor(entry.dequantize(codes), device=x.device)
+        if entry.border is not None or entry.adaptive is not None:
+            return torch.as_tensor(entry.simulate(x.detach().cpu().numpy()), device=x.device)
         if entry.spec.bits >= FIXED_BITS and not all_steps:
             return x
         point = int(entry.zero_point)

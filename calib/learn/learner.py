@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import onnx_ir as ir
 import torch
 
-from postquant.calib.learn.block_borders import with_neutral_borders
+from postquant.calib.learn.block_borders import with_neutral
 from postquant.calib.learn.block_cache import BlockCache, BlockSamples
 from postquant.calib.learn.block_quantizers import FIXED_BITS, BlockQuantizers
 from postquant.calib.learn.executor import supported
@@ -26,6 +26,7 @@ from postquant.calib.learn.reconstruct import BlockDiffersError, BlockOutcome, r
 from postquant.passes.blocks import Block
 from postquant.passes.free_memory import hold_memory
 from postquant.passes.plan import QuantPlan
+from postquant.runtime_ops.law_adaptive import Feature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +122,9 @@ class Learner:
             reason = f"torch does not run it: {unsupported}"
             return plan, LearnedBlock(block.name, block.layers, kept=False, reason=reason)
         decided, given = self._decided(plan, block), plan
-        if self._recipe.borders is not Borders.OFF:
-            plan = with_neutral_borders(self._model, plan, nodes, decided)
+        borders, features = self._recipe.borders is not Borders.OFF, Feature(self._recipe.adaptive) or None
+        if borders or features:
+            plan = with_neutral(self._model, plan, nodes, decided, borders=borders, features=features)
 
         def attempt(recipe: Recipe, samples: BlockSamples) -> tuple[BlockQuantizers, BlockOutcome]:
             quantizers = BlockQuantizers(self._model, plan, nodes, decided, recipe, self._device)

@@ -61,6 +61,9 @@ class Recipe:
         validation: Share of the samples that only judge.
         borders: What is learned of rounding borders.
         border_rate: Of their coefficients and strengths; falls to zero along a cosine.
+        adaptive: Statistics by which a step adapts to its sample, a sum as in AdaptiveQuantize; 0 for none. Inputs that
+            have an adaptive step have no border.
+        adaptive_rate: Of the weights of these statistics; falls to zero along a cosine.
         temperature: Of the borders' soft gradient at the start and at the end; None for straight through.
     """
 
@@ -78,6 +81,8 @@ class Recipe:
     validation: float = 0.125
     borders: Borders = Borders.OFF
     border_rate: float = 1e-2
+    adaptive: int = 0
+    adaptive_rate: float = 3e-3
     temperature: tuple[float, float] | None = (0.2, 0.05)
 
 

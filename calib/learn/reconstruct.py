@@ -18,8 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx_ir as ir
 import torch
 
+from postquant.calib.learn.adaptive import AdaptiveActivation
 from postquant.calib.learn.block_cache import BlockSamples
 from postquant.calib.learn.block_quantizers import BlockQuantizers, Reader
+from postquant.calib.learn.borders import BorderedActivation
 from postquant.calib.learn.executor import constant_values, run_nodes
 from postquant.calib.learn.quantizers import DropMasks
 from postquant.calib.learn.recipe import Recipe, Rounding
@@ -100,7 +102,7 @@ def reconstruct(
         chosen = split.batch(recipe.batch)
         result = block.run(block.mixed(chosen, masks), quantizers.reader(masks=masks))
         loss = (result - block.take(samples.target, chosen)).square().mean() / block.variance
-        total = loss + _regulariser(quantizers, recipe, iteration)
+        total = loss + _regulariser(quantizers, recipe, iteration) + quantizers.penalty()
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(total)
         optimizer.step()
@@ -208,7 +210,8 @@ def _optimizer(
         ([b.values for b in biases], recipe.bias_rate * size, True),
         ([w.scale.factor for w in weights], recipe.weight_scale_rate, True),
         ([s.scale.factor for s in steps], recipe.step_rate, True),
-        ([p for s in steps for p in s.parameters()], recipe.border_rate, True),
+        ([p for s in steps if isinstance(s, BorderedActivation) for p in s.parameters()], recipe.border_rate, True),
+        ([s.weights for s in steps if isinstance(s, AdaptiveActivation)], recipe.adaptive_rate, True),
     ]
     learned = [([p for p in params if p.requires_grad], rate, falls) for params, rate, falls in groups]
     used = [(params, rate, falls) for params, rate, falls in learned if params]

@@ -1,4 +1,4 @@
-"""Learned rounding borders from the setting to the verified file."""
+"""Learned rounding borders and adaptive steps from the setting to the verified file."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from postquant.passes.adaptive_nodes import is_adaptive
 from postquant.passes.border_nodes import is_border
 from postquant.passes.emit import emit
+from postquant.passes.lut_expansion import with_qdq
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline import learning
 from postquant.pipeline.api import quantize
@@ -66,9 +68,46 @@ def test_what_was_learned_is_what_the_file_computes(border: Border, tmp_path: pa
     assert right > 0.5
 
 
+@pytest.mark.usefixtures("few_steps")
+def test_an_adaptive_step_is_what_the_file_computes(tmp_path: pathlib.Path) -> None:
+    digits = load_digits()
+    feeds = [{"image": digits.calibration[index : index + 1]} for index in range(48)]
+    config = QuantConfig(
+        wbits=3, abits=4, method=Method.MSE, adaptive_step=True, weights=Weights.INT, learn=True, verify_samples=4
+    )
+    result = quantize(digits.model, feeds, config, out=tmp_path / "out")
+    assert all(check.passed for check in result.report.checks), result.report.checks
+    stages = {stage.name: stage for stage in result.report.stages}
+    assert stages["learned adaptive steps"].kept
+    plan = QuantPlan.load(tmp_path / "out" / "plan.safetensors")
+    modules = [e for e in plan.requants.values() if isinstance(e, TensorQuantizer) and e.adaptive is not None]
+    emitted = ir.load(tmp_path / "out" / "model.onnx")
+    nodes = [node for node in emitted.graph if is_adaptive(node)]
+    assert len(modules) == len(nodes) > 0
+    assert any(module.adaptive is not None and module.adaptive.w1.any() for module in modules)
+    # Samples of one batch have steps of their own: together they give what each gives alone.
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    images = digits.test[:20]
+    alone = np.concatenate([session.run(None, {"image": images[i : i + 1]})[0] for i in range(20)])
+    np.testing.assert_allclose(session.run(None, {"image": images})[0], alone, rtol=1e-4, atol=1e-4)
+    recovered = recover_float_model(emitted, plan)
+    assert not list(differences(recovered, emit(recovered, plan), plan))
+    # Another network in the file is found.
+    array = emitted.graph.initializers[nodes[0].inputs[3].name].const_value.numpy() + np.float32(0.1)
+    emitted.graph.initializers[nodes[0].inputs[3].name].const_value = ir.Tensor(array)
+    nodes[0].attributes["qmax"] = ir.AttrInt64("qmax", 14)
+    found = [difference.what for difference in differences(recovered, with_qdq(emitted), plan)]
+    assert found == [
+        "input w1 of the adaptive step differs from the plan's",
+        "attribute qmax of the adaptive step differs from the plan's",
+    ]
+
+
 def test_borders_are_learned_with_everything_else_or_not_at_all() -> None:
     for border in (Border.LEARNED_OWN, Border.LEARNED_NEIGHBOURS):
         with pytest.raises(ConfigError, match="learn = true"):
             QuantConfig(border=border)
         with pytest.raises(ConfigError, match="encodings"):
             QuantConfig(border=border, learn=True, encodings="numbers.json")
+    with pytest.raises(ConfigError, match="learn = true"):
+        QuantConfig(adaptive_step=True)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 # What an adaptive step sees of its sample.
-_FEATURES = Feature.DEVIATION | Feature.MAXIMUM
+ADAPTIVE_FEATURES = Feature.DEVIATION | Feature.MAXIMUM
 _BORDERS = dict.fromkeys(Border, Borders.OFF) | {
     Border.LEARNED_OWN: Borders.OWN,
     Border.LEARNED_NEIGHBOURS: Borders.NEIGHBOURS,
@@ -183,7 +183,7 @@ class _Run:
         self.recipe = dataclasses.replace(
             recipe_for(job.config.effort, work),
             borders=_BORDERS[job.config.border],
-            adaptive=int(_FEATURES) if job.config.adaptive_step else 0,
+            adaptive=int(ADAPTIVE_FEATURES) if job.config.adaptive_step else 0,
         )
         self._parts: list[tuple[Recipe, tuple[Block, ...]]] = [(self.recipe, blocks)]
         self._whole = network_recipe(job.config.effort, work)

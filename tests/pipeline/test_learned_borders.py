@@ -23,6 +23,7 @@ from postquant.pipeline.config import Border, Method, QuantConfig, Weights
 from postquant.pipeline.demo.digits import load_digits
 from postquant.pipeline.plan_check import differences
 from postquant.pipeline.recover import recover_float_model
+from postquant.pipeline.verify_folder import verify_folder
 from postquant.runtime_ops.errors import ConfigError
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
@@ -59,7 +60,8 @@ def test_what_was_learned_is_what_the_file_computes(border: Border, tmp_path: pa
     assert any(not np.allclose(border.border, 0.5, atol=1e-3) for border in borders)
     sees = [bool(border.window.any()) or border.rank > 0 for border in borders]
     assert any(sees) == (border is Border.LEARNED_NEIGHBOURS)
-    # The receiver's check: the float model comes back, and the plan gives the same file.
+    # The receiver's checks: the folder's own, and the float model comes back and gives the same file.
+    assert [check for check in verify_folder(tmp_path / "out") if not check.passed] == []
     recovered = recover_float_model(emitted, plan)
     assert not list(differences(recovered, emit(recovered, plan), plan))
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
@@ -90,6 +92,7 @@ def test_an_adaptive_step_is_what_the_file_computes(tmp_path: pathlib.Path) -> N
     images = digits.test[:20]
     alone = np.concatenate([session.run(None, {"image": images[i : i + 1]})[0] for i in range(20)])
     np.testing.assert_allclose(session.run(None, {"image": images})[0], alone, rtol=1e-4, atol=1e-4)
+    assert [check for check in verify_folder(tmp_path / "out") if not check.passed] == []
     recovered = recover_float_model(emitted, plan)
     assert not list(differences(recovered, emit(recovered, plan), plan))
     # Another network in the file is found.

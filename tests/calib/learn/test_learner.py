@@ -27,6 +27,7 @@ from postquant.passes.place import PlacementSettings, place
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import make_session
 from postquant.passes.target import load_target
+from postquant.runtime_ops.code_book import CodeBook, post_table
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 CPU = torch.device("cpu")
@@ -172,6 +173,46 @@ def test_a_block_that_other_codes_make_worse_is_learned_with_the_codes_that_it_h
         assert after.codes is not None
         assert np.array_equal(before.quantize(value.numpy()), after.codes)
         assert not np.array_equal(before.scale, after.scale)
+
+
+@pytest.mark.parametrize("rounding", list(Rounding))
+@pytest.mark.parametrize("book", [CodeBook.POST, CodeBook.LEARNED])
+def test_codes_move_between_the_levels_of_a_table(
+    case: Case, tmp_path: pathlib.Path, rounding: Rounding, book: CodeBook
+) -> None:
+    table = post_table(2) if book is CodeBook.POST else np.array([-120, -50, 11, 90], np.int8)
+    plan = case.plan
+    for name in ("w1", "w2"):
+        entry = plan.weights[name]
+        value = case.model.graph.initializers[name].const_value
+        assert isinstance(entry, TensorQuantizer)
+        assert value is not None
+        spec = dataclasses.replace(entry.spec, bits=2, code_book=book, narrow=False)
+        scale = np.abs(value.numpy()).max(axis=(1, 2, 3)) / np.float32(np.abs(table.astype(np.int32)).max())
+        zeros = np.zeros(len(scale), np.int32)
+        plan = plan.with_weight(name, TensorQuantizer(spec, scale.astype(np.float32), zeros, table=table))
+    # The variable between neighbours is a logit, and needs longer steps than the latent weight.
+    rate = 0.1 if rounding is Rounding.NEIGHBOURS else 2e-2
+    recipe = dataclasses.replace(RECIPE, iterations=80, rounding=rounding, rounding_rate=rate)
+    plans, found = case.learn(tmp_path, recipe, plan)
+    assert next(block for block in found if block.layers == ("conv1", "conv2")).kept
+    exact = _outputs(case, None)
+    before, after = (np.square(_outputs(case, one) - exact).mean() for one in (plan, plans[-1]))
+    assert after < before
+    for name in ("w1", "w2"):
+        start, end = plan.weights[name], plans[-1].weights[name]
+        value = case.model.graph.initializers[name].const_value
+        assert isinstance(start, TensorQuantizer)
+        assert isinstance(end, TensorQuantizer)
+        assert end.codes is not None
+        assert value is not None
+        old = start.quantize(value.numpy())
+        assert np.isin(end.codes, table).all()
+        assert 0 < (end.codes != old).mean() < 0.5
+        if rounding is Rounding.NEIGHBOURS:  # no further than to the next level of the table
+            levels = np.unique(table)
+            assert np.abs(np.searchsorted(levels, end.codes) - np.searchsorted(levels, old)).max() == 1
+        assert (end.scale != start.scale).any()
 
 
 def test_steps_are_learned_by_their_first_reader(case: Case) -> None:

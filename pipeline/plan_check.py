@@ -166,7 +166,7 @@ def _activation(where: str, quantizer: TensorQuantizer, found: Reading) -> Itera
 
 def _border(where: str, quantizer: TensorQuantizer, node: ir.Node | None) -> Iterator[Difference]:
     """The rounding border of a quantizer, and of the node that makes its codes."""
-    if quantizer.adaptive is not None:
+    if quantizer.adaptive is not None or is_adaptive(node):
         return
     if (quantizer.border is not None) != is_border(node):
         expected = "rounding to nearest" if quantizer.border is None else "a rounding border"
@@ -186,12 +186,11 @@ def _border(where: str, quantizer: TensorQuantizer, node: ir.Node | None) -> Ite
 
 def _adaptive(where: str, quantizer: TensorQuantizer, node: ir.Node | None) -> Iterator[Difference]:
     """The adaptive step of a quantizer, and of the node that makes its codes."""
-    if quantizer.adaptive is None:  # _border says what is expected instead
+    if (quantizer.adaptive is not None) != is_adaptive(node):
+        expected = "a fixed step" if quantizer.adaptive is None else "an adaptive step"
+        yield Difference(where, f"expected {expected} by the plan, found {None if node is None else node.op_type}")
         return
-    if node is None or not is_adaptive(node):
-        yield Difference(
-            where, f"expected an adaptive step by the plan, found {None if node is None else node.op_type}"
-        )
+    if quantizer.adaptive is None or node is None:
         return
     arrays = [np.asarray(array_of(value, node)) for value in node.inputs[3:]]
     for part in adaptive_differences(node, quantizer, arrays):

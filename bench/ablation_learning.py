@@ -47,7 +47,7 @@ from postquant.passes.emit import emit
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline import stages
 from postquant.pipeline.api import quantize
-from postquant.pipeline.config import QuantConfig
+from postquant.pipeline.config import Border, QuantConfig, Weights
 from postquant.pipeline.inputs import open_calibration
 from postquant.pipeline.learning import ADAPTIVE_FEATURES, learning_blocks
 from postquant.pipeline.load import load_model, save_model
@@ -75,7 +75,7 @@ class Study:
     def __init__(self, case: Case, width: str, options: argparse.Namespace, folder: pathlib.Path) -> None:
         self.case, self.options, self.folder = case, options, folder
         wbits, abits = (int(part) for part in width.removeprefix("w").split("a"))
-        self.config = QuantConfig(wbits=wbits, abits=abits, weights="int", border="off")
+        self.config = QuantConfig(wbits=wbits, abits=abits, weights=Weights.INT, border=Border.OFF)
         self.data = list(feeds(case, options.samples))
         self.plans: dict[str, tuple[ir.Model, QuantPlan]] = {}
 

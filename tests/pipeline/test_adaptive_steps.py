@@ -46,7 +46,8 @@ def narrow(cases: Any) -> Any:
 @pytest.fixture(scope="module")
 def plan(narrow: Any) -> QuantPlan:
     """Its plan with all adaptive steps that there can be."""
-    plan, count = narrow.plan, 0
+    plan: QuantPlan = narrow.plan
+    count = 0
     for site in border_sites(narrow.model, plan, bits=4)[0]:
         old = narrow.plan.input_quantizer(site.key) or narrow.plan.activation_quantizer(site.tensor)
         if old.zero_point:
@@ -62,7 +63,7 @@ def test_the_file_does_what_the_plan_says(narrow: Any, plan: QuantPlan) -> None:
     emitted = emit(narrow.model, plan)
     verification = verify_model(narrow.model, emitted, plan, narrow.samples)
     assert verification.passed
-    names = {node.name for node in emitted.graph if is_adaptive(node)}
+    names = {node.name or "" for node in emitted.graph if is_adaptive(node)}
     compared = {t.codes_name: t for t in verification.tensors}
     assert names
     assert names <= set(compared)
@@ -85,11 +86,13 @@ def test_the_plan_and_the_float_model_come_back(narrow: Any, plan: QuantPlan, tm
     recovered = recover_float_model(emitted, read)
     assert not list(differences(recovered, emit(recovered, read), read))
     changed = dataclasses.replace(MODULE, beta_max=1.5)
-    key = next(k for k, e in plan.requants.items() if isinstance(e, TensorQuantizer) and e.adaptive is not None)
-    other = plan.with_requant(key, dataclasses.replace(plan.requants[key], adaptive=changed))
+    key, entry = next(
+        (k, e) for k, e in plan.requants.items() if isinstance(e, TensorQuantizer) and e.adaptive is not None
+    )
+    other = plan.with_requant(key, dataclasses.replace(entry, adaptive=changed))
     found = [difference.what for difference in differences(narrow.model, emitted, other)]
     assert found == ["attribute beta_max of the adaptive step differs from the plan's"]
-    plain = plan.with_requant(key, dataclasses.replace(plan.requants[key], adaptive=None))
+    plain = plan.with_requant(key, dataclasses.replace(entry, adaptive=None))
     assert any("adaptive" in d.what.lower() for d in differences(narrow.model, emitted, plain))
     assert any("adaptive" in d.what for d in differences(narrow.model, emit(narrow.model, plain), plan))
 
@@ -105,9 +108,9 @@ def test_the_standard_model_has_the_fixed_step(narrow: Any, plan: QuantPlan) -> 
 def test_what_cannot_be_is_told() -> None:
     spec = QuantSpec(4, signed=False, symmetric=False)
     with pytest.raises(ValueError, match="zero point 0"):
-        TensorQuantizer(spec, np.float32(1), np.int32(3), adaptive=MODULE)
+        TensorQuantizer(spec, np.array(1, np.float32), np.array(3, np.int32), adaptive=MODULE)
     with pytest.raises(ModelError, match="missing"):
         AdaptiveModule.from_arrays({"w1": MODULE.w1})
-    quantizer = TensorQuantizer(spec, np.float32(0.1), np.int32(0), adaptive=MODULE)
+    quantizer = TensorQuantizer(spec, np.array(0.1, np.float32), np.array(0, np.int32), adaptive=MODULE)
     with pytest.raises(ValueError, match="steps of their samples"):
         quantizer.dequantize(np.zeros(3, np.uint8))

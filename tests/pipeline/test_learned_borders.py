@@ -96,8 +96,10 @@ def test_an_adaptive_step_is_what_the_file_computes(tmp_path: pathlib.Path) -> N
     recovered = recover_float_model(emitted, plan)
     assert not list(differences(recovered, emit(recovered, plan), plan))
     # Another network in the file is found.
-    array = emitted.graph.initializers[nodes[0].inputs[3].name].const_value.numpy() + np.float32(0.1)
-    emitted.graph.initializers[nodes[0].inputs[3].name].const_value = ir.Tensor(array)
+    value = nodes[0].inputs[3]
+    assert value is not None
+    assert value.const_value is not None
+    value.const_value = ir.Tensor(value.const_value.numpy() + np.float32(0.1))
     nodes[0].attributes["qmax"] = ir.AttrInt64("qmax", 14)
     found = [difference.what for difference in differences(recovered, with_qdq(emitted), plan)]
     assert found == [

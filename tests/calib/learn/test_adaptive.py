@@ -33,7 +33,7 @@ def _input(shape: tuple[int, ...]) -> np.ndarray:
 def test_the_simulation_equals_the_law_of_what_is_learned(features: Feature, shape: tuple[int, ...]) -> None:
     activation, x = _activation(features), _input(shape)
     plain = activation.simulate(torch.from_numpy(x), None).detach().numpy()
-    start = TensorQuantizer(activation.learned().spec, activation.learned().scale, np.int32(0))
+    start = TensorQuantizer(activation.learned().spec, activation.learned().scale, np.array(0, np.int32))
     np.testing.assert_allclose(plain, start.simulate(x), rtol=1e-6)  # everything starts as it was
     with torch.no_grad():
         activation.weights += torch.from_numpy(RNG.standard_normal(activation.weights.shape).astype(np.float32)) * 0.2

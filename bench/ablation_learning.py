@@ -1,12 +1,13 @@
 """What each part of learning gives, step by step.
 
     python bench/ablation_learning.py [--model resnet20] [--widths w4a4,w3a3,w2a4,w2a2] [--seeds 0,1,2]
-        [--iterations 1000] [--samples 512] [--rows NAME,...] [--limit N] [--json FILE] [--markdown]
+        [--iterations 1000] [--samples 512] [--rows NAME,...] [--limit N] [--speed] [--json FILE] [--markdown]
 
 A model is calibrated once per width, and every learned row starts from the same plan: EasyQuant with compensated
 rounding and corrected biases, without code books. Blocks are learned as ``postquant quantize --learn`` learns them, in
 as many steps as asked for, and without the whole network at the end. Task metric and SQNR against the float model are
-those of evaluation data, on onnxruntime and the written file. Rows:
+those of evaluation data, on onnxruntime and the written file; ``--speed`` times one sample without and with the
+library of native operators. Rows:
 
     nearest      scales by the least squared error, nearest codes
     bias         + corrected biases
@@ -33,6 +34,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from border import times
 from cases import CASES, Case, require_data
 from feeds import feeds
 from lines import add_output_options, write_lines
@@ -117,7 +119,10 @@ class Study:
         save_model(emit(model, fit_biases(model, plan)), path)
         found = evaluate(self.case, path, limit=self.options.limit, threads=1, reference=True, library=library_path())
         kept = {key: found[key] for key in (self.case.metric, "sqnr_db", "error") if key in found}
-        return kept | {"cpu_s": round(seconds, 1)}
+        kept["cpu_s"] = round(seconds, 1)
+        if self.options.speed:
+            kept["ms"] = {str(native): round(times(path, self.data[0], native=native), 2) for native in (False, True)}
+        return kept
 
 
 def lines(options: argparse.Namespace, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
@@ -158,6 +163,7 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=1000, help="steps per block")
     parser.add_argument("--samples", type=int, default=512, help="calibration samples")
     parser.add_argument("--limit", type=int, help="evaluate this many samples only")
+    parser.add_argument("--speed", action="store_true", help="time one sample on one thread")
     add_output_options(parser)
     options = parser.parse_args()
     unknown = set(options.rows) - set(rows)

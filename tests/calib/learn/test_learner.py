@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +16,7 @@ from postquant.calib.learn.block_cache import BlockCache
 from postquant.calib.learn.block_quantizers import BlockQuantizers
 from postquant.calib.learn.executor import constant_values, run_nodes
 from postquant.calib.learn.learner import LearnedBlock, Learner
-from postquant.calib.learn.recipe import Recipe, Rounding
+from postquant.calib.learn.recipe import Borders, Recipe, Rounding
 from postquant.calib.observers import MinMax
 from postquant.calib.open_source import open_source
 from postquant.calib.ranges import method_ranges
@@ -48,6 +49,11 @@ NETWORK = """
       [head] y = Gemm <alpha = 0.5, beta = 2.0> (f, w3, b3)
     }
 """
+ROUNDINGS: list[dict[str, Any]] = [
+    {"borders": Borders.OWN},
+    {"borders": Borders.NEIGHBOURS},
+    {"adaptive": 6},
+]
 RECIPE = Recipe(iterations=40, batch=16, rounding_rate=1e-2, bias_rate=1e-2)
 
 
@@ -117,8 +123,11 @@ def test_learning_lowers_the_error_of_the_emitted_model(case: Case, tmp_path: pa
     assert [block.reason for block in edges] == ["nothing in it has fewer than 8 bits"] * 2
 
 
-def test_what_is_learned_is_what_onnxruntime_computes(case: Case, tmp_path: pathlib.Path) -> None:
-    plan = case.learn(tmp_path)[0][-1]
+@pytest.mark.parametrize("more", [{}, *ROUNDINGS])
+def test_what_is_learned_is_what_onnxruntime_computes(case: Case, tmp_path: pathlib.Path, more: dict[str, Any]) -> None:
+    plan = case.learn(tmp_path, dataclasses.replace(RECIPE, **more))[0][-1]
+    ours = [e for e in plan.requants.values() if isinstance(e, TensorQuantizer) and (e.border or e.adaptive)]
+    assert len(ours) == (2 if more else 0)
     nodes = list(case.model.graph)
     quantizers = BlockQuantizers(case.model, plan, nodes, frozenset(), RECIPE, CPU)
     values = {**constant_values(nodes), "x": torch.from_numpy(np.concatenate([s["x"] for s in case.source]))}
@@ -130,10 +139,11 @@ def test_what_is_learned_is_what_onnxruntime_computes(case: Case, tmp_path: path
     assert difference.mean() < 0.02 * step
 
 
+@pytest.mark.parametrize("more", [{}, *ROUNDINGS])
 def test_learning_again_gives_the_same_bytes_and_goes_on_behind_finished_blocks(
-    case: Case, tmp_path: pathlib.Path
+    case: Case, tmp_path: pathlib.Path, more: dict[str, Any]
 ) -> None:
-    recipe = dataclasses.replace(RECIPE, iterations=20, keep=0.5)
+    recipe = dataclasses.replace(RECIPE, iterations=20, keep=0.5, **more)
     plans, found = case.learn(tmp_path, recipe)
     again = case.learn(tmp_path, recipe)[0]
     rest = case.learn(tmp_path, recipe, plans[0], found[:1])[0]

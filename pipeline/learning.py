@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 # What an adaptive step sees of its sample.
-ADAPTIVE_FEATURES = Feature.DEVIATION | Feature.MAXIMUM
+ADAPTIVE_FEATURES = Feature.MEANS | Feature.DEVIATION | Feature.MAXIMUM
 _BORDERS = dict.fromkeys(Border, Borders.OFF) | {
     Border.LEARNED_OWN: Borders.OWN,
     Border.LEARNED_NEIGHBOURS: Borders.NEIGHBOURS,

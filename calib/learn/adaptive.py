@@ -34,7 +34,7 @@ class AdaptiveActivation:
     """One layer's input quantizer with a step per sample.
 
     Args:
-        quantizer: The plan's; it has an adaptive step.
+        quantizer: The plan's; it has an adaptive step, that of :func:`neutral_module` where the factor is learned.
         device: Where it is learned.
         learned: Whether the factor is learned; False keeps the network that the plan has.
 
@@ -50,15 +50,11 @@ class AdaptiveActivation:
         self._high = float(quantizer.spec.qmax)
         self.scale = LearnedScale(quantizer, device)
         self.weights = torch.zeros(module.w1.shape[1], device=device, requires_grad=learned)
-        # Standardized by the first batch; a network that the plan has keeps its own numbers.
-        self._known = not learned
+        self._limits = module.beta_min, module.beta_max
+        self._network = [torch.as_tensor(array, device=device) for array in module.network().values()]
+        self._learned, self._standardized = learned, False
         self._mean = torch.zeros_like(self.weights)
         self._deviation = torch.ones_like(self.weights)
-        self._bias = torch.ones((), device=device)
-        if self._known:
-            start = np.asarray(module.w2[0] @ module.w1, np.float32)
-            self.weights = torch.as_tensor(start, device=device)
-            self._bias = torch.as_tensor(np.float32(module.w2[0] @ module.b1 + module.b2[0]), device=device)
         self._penalty = torch.zeros((), device=device)
 
     def advance(self, share: float) -> None:
@@ -70,38 +66,37 @@ class AdaptiveActivation:
 
     def simulate(self, x: Tensor, masks: DropMasks | None) -> Tensor:
         """``x`` (N, C, ...) behind the quantizer; where ``masks`` drops, it stays float."""
-        with torch.no_grad():
-            statistics = self._statistics(x)
-            if not self._known:
-                self._known = True
-                self._mean = statistics.mean(0)
-                spread = statistics.std(0, unbiased=False)
-                self._deviation = torch.maximum(spread, _LEAST_DEVIATION * self._mean.abs()).clamp_min(1e-12)
-        beta = ((statistics - self._mean) / self._deviation) @ self.weights + self._bias
-        beta = beta.clamp(BETA_MIN, BETA_MAX)
+        beta = self._factor(x).clamp(*self._limits)
         self._penalty = _PENALTY * (beta - 1).square().mean()
         step = (self.scale.value() * beta).view(-1, *([1] * (x.ndim - 1)))
         return fake_quantize(x, step, 0.0, self._high, None if masks is None else masks.like(x))
 
     def learned(self) -> TensorQuantizer:
         """The quantizer with the learned step and network."""
-        weights, mean, deviation, bias = (
-            tensor.detach().cpu().numpy().astype(np.float64)
-            for tensor in (self.weights, self._mean, self._deviation, self._bias)
-        )
-        scaled = weights / deviation
         old = self._quantizer.adaptive
         assert old is not None
-        module = AdaptiveModule(
-            w1=scaled[np.newaxis].astype(np.float32),
-            b1=np.array([bias - scaled @ mean], np.float32),
-            w2=np.ones((1, 1), np.float32),
-            b2=np.zeros(1, np.float32),
-            features=old.features,
-            beta_min=old.beta_min,
-            beta_max=old.beta_max,
-        )
-        return dataclasses.replace(self._quantizer, scale=self.scale.numpy(), adaptive=module)
+        if self._learned:
+            parts = (self.weights, self._mean, self._deviation)
+            weights, mean, deviation = (tensor.detach().cpu().numpy().astype(np.float64) for tensor in parts)
+            scaled = weights / deviation
+            old = dataclasses.replace(
+                old, w1=scaled[np.newaxis].astype(np.float32), b1=np.array([1 - scaled @ mean], np.float32)
+            )
+        return dataclasses.replace(self._quantizer, scale=self.scale.numpy(), adaptive=old)
+
+    def _factor(self, x: Tensor) -> Tensor:
+        """beta in front of its limits, (N,)."""
+        with torch.no_grad():
+            statistics = self._statistics(x)
+            if not self._learned:
+                w1, b1, w2, b2 = self._network
+                return ((statistics @ w1.T + b1).clamp_min(0) @ w2.T + b2)[:, 0]
+            if not self._standardized:
+                self._standardized = True
+                self._mean = statistics.mean(0)
+                spread = statistics.std(0, unbiased=False)
+                self._deviation = torch.maximum(spread, _LEAST_DEVIATION * self._mean.abs()).clamp_min(1e-12)
+        return 1 + ((statistics - self._mean) / self._deviation) @ self.weights
 
     def _statistics(self, x: Tensor) -> Tensor:
         """(N, F) in the order of the law."""

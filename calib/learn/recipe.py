@@ -82,7 +82,7 @@ class Recipe:
     borders: Borders = Borders.OFF
     border_rate: float = 1e-2
     adaptive: int = 0
-    adaptive_rate: float = 3e-3
+    adaptive_rate: float = 1e-2
     temperature: tuple[float, float] | None = (0.2, 0.05)
 
 

@@ -16,6 +16,8 @@ from postquant.passes.place import PlacementSettings
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import make_session
 from postquant.passes.standard import standard_model, without_borders
+from postquant.pipeline.encodings.entries import collect_entries
+from postquant.pipeline.encodings.fixed_layer import NoFixedFormError, fixed_layer
 from postquant.pipeline.plan_check import differences
 from postquant.pipeline.recover import recover_float_model
 from postquant.pipeline.verify import verify_model
@@ -103,6 +105,16 @@ def test_the_standard_model_has_the_fixed_step(narrow: Any, plan: QuantPlan) -> 
     assert not any(node.domain for node in standard.model.graph)
     assert not list(differences(narrow.model, standard.model, without_borders(plan)))
     make_session(standard.model).run(narrow.samples[0])
+
+
+def test_a_layer_behind_an_adaptive_step_has_no_fixed_point_form(narrow: Any, plan: QuantPlan) -> None:
+    for entry in collect_entries(narrow.model, plan).weights:
+        source = entry.source
+        if source is not None and source.adaptive is not None:
+            with pytest.raises(NoFixedFormError, match="a step per sample"):
+                fixed_layer(entry, plan)
+            return
+    pytest.fail("no layer reads an adaptive step")
 
 
 def test_what_cannot_be_is_told() -> None:

@@ -28,6 +28,9 @@ from postquant.runtime_ops.quantizer import TensorQuantizer
 if TYPE_CHECKING:
     from postquant.calib.learn.learner import LearnedBlock
 
+# Weights of so many bits gain nothing from the layers that they would share a block with.
+_WIDE = 8
+
 
 # What an adaptive step sees of its sample.
 ADAPTIVE_FEATURES = Feature.MEANS | Feature.DEVIATION | Feature.MAXIMUM
@@ -127,7 +130,7 @@ def _tell_roundings(
 
 
 def learning_blocks(model: ir.Model, plan: QuantPlan, *, max_layers: int = 6) -> tuple[Block, ...]:
-    """All blocks; the layers whose weights are wider than the narrowest ones, such as the first and the last, alone.
+    """All blocks; where weights have fewer than 8 bits, layers that have 8, such as the first and the last, are alone.
 
     Args:
         model: The float model that the plan is about.
@@ -135,8 +138,8 @@ def learning_blocks(model: ir.Model, plan: QuantPlan, *, max_layers: int = 6) ->
         max_layers: Quantized layers that a block may hold, at least 1.
     """
     bits = _layer_bits(model, plan)
-    narrowest = min(bits.values(), default=0)
-    alone = {name for name, width in bits.items() if width > narrowest}
+    wide = {name for name, width in bits.items() if width >= _WIDE}
+    alone = wide if len(wide) < len(bits) else set()
     return cut_blocks(model, set(bits), max_layers=max_layers, alone=alone)
 
 

@@ -131,6 +131,19 @@ class BlockQuantizers:
         for step in self.steps.values():
             step.advance(share)
 
+    def remember(self) -> None:
+        """The present state may be asked for again; leaves are the caller's."""
+        for step in self._bordered():
+            step.remember()
+
+    def recall(self) -> None:
+        """Goes back to the state that was remembered last, if any."""
+        for step in self._bordered():
+            step.recall()
+
+    def _bordered(self) -> list[BorderedActivation]:
+        return [step for step in self.steps.values() if isinstance(step, BorderedActivation)]
+
     def penalty(self) -> Tensor | float:
         """What the steps add to the loss of the last run."""
         return sum((s.penalty() for s in self.steps.values() if isinstance(s, AdaptiveActivation)), 0.0)

@@ -156,6 +156,7 @@ class BorderedActivation:
         self._fits = 0
         self._temperature = None if learning.temperature is None else learning.temperature[0]
         self._take(border)
+        self._kept = border
 
     def parameters(self) -> list[Tensor]:
         """The leaves of the border."""
@@ -168,6 +169,14 @@ class BorderedActivation:
             self._temperature = first * (last / first) ** share
         if self._follows and share * _REFITS >= self._fits:
             self._fit_now, self._fits = True, self._fits + 1
+
+    def remember(self) -> None:
+        """Keeps the neighbours' coefficients; the leaves are the caller's."""
+        self._kept = self._border
+
+    def recall(self) -> None:
+        """Takes those that were kept last."""
+        self._take(self._kept)
 
     def simulate(self, x: Tensor, masks: DropMasks | None) -> Tensor:
         """``x`` (N, C, ...) behind the quantizer; where ``masks`` drops, it stays float."""

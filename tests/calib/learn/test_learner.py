@@ -173,7 +173,7 @@ def test_a_block_that_other_codes_make_worse_is_learned_with_the_codes_that_it_h
     plans, found = case.learn(tmp_path, recipe)
     block = next(block for block in found if block.layers == ("conv1", "conv2"))
     assert block.kept
-    assert block.iterations == 15
+    assert block.iterations == 3 + 5  # the first try is judged after a quarter of its steps, and is hopeless
     for weight in ("w1", "w2"):
         before, after = case.plan.weights[weight], plans[-1].weights[weight]
         assert isinstance(before, TensorQuantizer)

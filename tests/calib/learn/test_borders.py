@@ -150,3 +150,17 @@ def test_coefficients_follow_the_weights_while_they_are_learned() -> None:
     now["weight"] = WEIGHT[:, ::-1].copy()
     assert np.array_equal(window(0.01), first)  # not in every step
     assert not np.array_equal(window(0.2), first)
+
+
+def test_the_state_that_was_judged_comes_back_with_its_coefficients() -> None:
+    now = {"weight": WEIGHT}
+    learning = BorderLearning(Borders.NEIGHBOURS, _layer(), lambda: now["weight"], None)
+    activation, x = BorderedActivation(_quantizer(3, 0.0), learning, CPU), torch.from_numpy(_input())
+    activation.advance(0.0)
+    first = activation.simulate(x, None).detach()
+    activation.remember()
+    now["weight"] = WEIGHT[:, ::-1].copy()
+    activation.advance(0.2)
+    assert not torch.equal(activation.simulate(x, None), first)
+    activation.recall()
+    assert torch.equal(activation.simulate(x, None), first)

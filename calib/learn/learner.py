@@ -177,8 +177,15 @@ class Learner:
 
 
 def _without_codes(recipe: Recipe) -> Recipe:
-    """For a block that other codes make worse: scales, biases and steps alone, with half the steps."""
-    return dataclasses.replace(recipe, iterations=-(-recipe.iterations // 2), rounding_rate=0.0)
+    """For a block that got worse: scales, biases and steps alone, with half the steps at a third of their rates."""
+    return dataclasses.replace(
+        recipe,
+        iterations=-(-recipe.iterations // 2),
+        rounding_rate=0.0,
+        bias_rate=recipe.bias_rate / 3,
+        weight_scale_rate=recipe.weight_scale_rate / 3,
+        step_rate=recipe.step_rate / 3,
+    )
 
 
 @contextlib.contextmanager

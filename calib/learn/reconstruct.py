@@ -96,7 +96,7 @@ def reconstruct(
     begun = time.monotonic()
     generator = torch.Generator().manual_seed(seed)
     split = SampleSplit(samples.groups, recipe.validation, generator)
-    block = _Block(nodes, output, samples, device)
+    block = _Block(nodes, output, samples, recipe.batch, device)
     block.check(split)
     before = block.error(quantizers.unlearned(), split)
     if _springs(recipe):
@@ -168,8 +168,11 @@ class _Best:
 class _Block:
     """A block that runs on parts of its samples."""
 
-    def __init__(self, nodes: Sequence[ir.Node], output: str, samples: BlockSamples, device: torch.device) -> None:
+    def __init__(
+        self, nodes: Sequence[ir.Node], output: str, samples: BlockSamples, batch: int, device: torch.device
+    ) -> None:
         self._nodes = nodes
+        self._batch = batch
         self._output = output
         self._samples = samples
         self._device = device
@@ -233,7 +236,8 @@ class _Block:
         """Error of the output relative to its variance, on judging samples of the quantized prefix."""
         total, count = 0.0, 0
         with torch.no_grad():
-            for part in split.judging(64):
+            # No more at once than while it learns: all values of the block are in memory.
+            for part in split.judging(self._batch):
                 reader.forget()
                 result = self.run(self.inputs(part), reader)
                 total += float((result - self.take(self._samples.target, part)).square().double().sum())

@@ -4,6 +4,7 @@
 
 Prints one JSON line per model, setting and quantizer: the line of ``eval.py`` (task metric, agreement and SQNR against
 the float model) with CPU seconds, peak memory and file size of the quantization. ``--markdown`` adds the table.
+Learned settings (``--settings w4a4-learn``, or ``w4a4-learn-fast`` with ``effort = "fast"``) run where they are named.
 ``--ablation`` measures ours step by step instead: min-max, MSE, EasyQuant, + bias correction, and all of it (with
 lossless inputs, equalization and smoothing).
 """
@@ -30,7 +31,7 @@ def measure(
     case: Case, setting: Setting, quantizer: str, folder: pathlib.Path, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Quantizes and evaluates once."""
-    calibration = write_feeds(case, options.samples or case.samples, folder)
+    calibration = write_feeds(case, options.samples or setting.samples or case.samples, folder)
     out = folder / f"{case.name}-{setting.name}-{quantizer}.onnx"
     job = Job(
         quantizer, str(case.path), str(calibration), str(out), setting.wbits, setting.abits, dict(setting.options)
@@ -43,6 +44,16 @@ def measure(
     return line
 
 
+def chosen_settings(case: Case, options: argparse.Namespace) -> list[Setting]:
+    """What the options ask for; learning takes minutes, and has to be named."""
+    wanted: list[str] | None = options.settings
+    if options.ablation:
+        return [s for s in ablation_settings(case) if wanted is None or s.name.split("-")[0] in wanted]
+    if wanted is None:
+        return list(case.settings)
+    return [setting for setting in (*case.settings, *case.learned_settings) if setting.name in wanted]
+
+
 def lines(options: argparse.Namespace, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
     """Every measurement that the options ask for, the float model first."""
     names = options.models or (ABLATION_MODELS if options.ablation else [case.name for case in CASES])
@@ -52,11 +63,9 @@ def lines(options: argparse.Namespace, folder: pathlib.Path) -> Iterator[dict[st
         metrics = evaluate(case, case.path, limit=options.limit, threads=options.threads, reference=reference)
         kilobytes = case.path.stat().st_size / 1000
         yield {"setting": "float", "quantizer": "-", **metrics, "model": case.name, "kb": kilobytes}
-        settings = ablation_settings(case) if options.ablation else case.settings
-        for setting in settings:
-            if options.settings and setting.name.split("-")[0] not in options.settings:
-                continue
-            for quantizer in ("postquant",) if options.ablation else options.quantizers:
+        for setting in chosen_settings(case, options):
+            ours = options.ablation or setting in case.learned_settings
+            for quantizer in ("postquant",) if ours else options.quantizers:
                 yield measure(case, setting, quantizer, folder, options)
 
 
@@ -100,7 +109,7 @@ def comma_separated(choices: list[str]) -> Any:
 def main() -> int:
     """Runs the measurements; 1 if one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    widths = sorted({setting.name for case in CASES for setting in case.settings})
+    widths = sorted({setting.name for case in CASES for setting in (*case.settings, *case.learned_settings)})
     parser.add_argument("--models", type=comma_separated([case.name for case in CASES]))
     parser.add_argument("--settings", type=comma_separated(widths))
     parser.add_argument(

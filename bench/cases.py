@@ -25,12 +25,17 @@ class Setting:
         wbits: Bits of weights.
         abits: Bits of activations.
         options: Further fields of ``QuantConfig``.
+        samples: Calibration samples; None for as many as the case has.
     """
 
     name: str
     wbits: int
     abits: int
     options: tuple[tuple[str, str | bool], ...] = ()
+    samples: int | None = None
+
+
+_EFFORTS: tuple[tuple[str, tuple[tuple[str, str | bool], ...]], ...] = (("", ()), ("-fast", (("effort", "fast"),)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Case:
         metric: Key of the task metric in the output of ``eval.py``.
         samples: Calibration samples.
         widths: (weight bits, activation bits) to measure.
+        learned: The same with learning, which is measured only where it is asked for.
+        learned_samples: Calibration samples with learning.
     """
 
     name: str
@@ -52,6 +59,8 @@ class Case:
     metric: str
     samples: int
     widths: tuple[tuple[int, int], ...] = ((8, 8),)
+    learned: tuple[tuple[int, int], ...] = ()
+    learned_samples: int | None = None
 
     @property
     def path(self) -> pathlib.Path:
@@ -63,18 +72,41 @@ class Case:
         """One setting per pair of widths."""
         return tuple(Setting(f"w{w}a{a}", w, a) for w, a in self.widths)
 
+    @property
+    def learned_settings(self) -> tuple[Setting, ...]:
+        """``w4a4-learn`` takes the default effort, ``w4a4-learn-fast`` the least."""
+        return tuple(
+            Setting(f"w{w}a{a}-learn{suffix}", w, a, (("learn", True), *options), self.learned_samples)
+            for w, a in self.learned
+            for suffix, options in _EFFORTS
+        )
 
+
+_LOW = ((4, 8), (4, 4), (3, 3), (2, 4), (2, 2))
 CASES = (
-    Case("mobilenetv2", "imagenet", "imagenet/mobilenetv2_1.0.onnx", "top1", 256, ((8, 8), (7, 7), (4, 8))),
-    Case("resnet20", "cifar10", "cifar10/resnet20.onnx", "top1", 512, ((8, 8), (7, 7), (4, 8), (4, 4))),
-    Case("resnet56", "cifar10", "cifar10/resnet56.onnx", "top1", 512),
+    Case(
+        *("mobilenetv2", "imagenet", "imagenet/mobilenetv2_1.0.onnx", "top1", 256),
+        widths=((8, 8), (7, 7), (4, 8)),
+        learned=((4, 8), (4, 4)),
+    ),
+    Case(
+        *("resnet20", "cifar10", "cifar10/resnet20.onnx", "top1", 512),
+        widths=((8, 8), (7, 7), (4, 8), (4, 4)),
+        learned=_LOW,
+        learned_samples=1024,
+    ),
+    Case(
+        *("resnet56", "cifar10", "cifar10/resnet56.onnx", "top1", 512),
+        learned=((4, 4), (2, 2)),
+        learned_samples=1024,
+    ),
     Case("resnet8", "cifar10_raw", "cifar10/resnet8_mlperftiny.onnx", "top1", 512),
-    Case("squeezenet", "imagenet", "imagenet/squeezenet1.1.onnx", "top1", 256),
-    Case("dncnn", "denoise", "denoise/dncnn_s25.onnx", "psnr_db", 32),
-    Case("fastestdet", "coco", "coco/fastestdet.onnx", "map50", 64),
+    Case("squeezenet", "imagenet", "imagenet/squeezenet1.1.onnx", "top1", 256, learned=((4, 4),)),
+    Case("dncnn", "denoise", "denoise/dncnn_s25.onnx", "psnr_db", 32, learned=((4, 8),)),
+    Case("fastestdet", "coco", "coco/fastestdet.onnx", "map50", 64, learned=((4, 8),)),
     Case("rfb320", "face", "coco/face_rfb320.onnx", "f1_vs_ref", 64),
     Case("vww", "vww", "coco/vww_mobilenetv1_0.25_96.onnx", "top1", 64),
-    Case("minilm", "sts", "sts/minilm_l6.onnx", "spearman", 256),
+    Case("minilm", "sts", "sts/minilm_l6.onnx", "spearman", 256, learned=((4, 8),)),
 )
 
 # Each line adds one thing to the line before.

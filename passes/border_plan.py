@@ -81,6 +81,8 @@ def _why_not(node: ir.Node, value: ir.Value, quantizer: TensorQuantizer, plan: Q
         return "its input is transposed"
     if quantizer.spec.signed or quantizer.spec.power_of_two:
         return "its input has signed codes or power-of-two scales"
+    if quantizer.adaptive is not None:
+        return "its input has an adaptive step"
     if own:
         return None
     stored = plan.shared.get(value.name or "", value.name or "")
@@ -124,7 +126,7 @@ def wide(readers: list[TensorQuantizer]) -> TensorQuantizer:
     """The 8-bit quantizer over everything that some narrower ones represent.
 
     Args:
-        readers: At least one.
+        readers: At least one; an adaptive step reaches as far as its largest factor.
 
     >>> import numpy as np
     >>> from postquant.runtime_ops.spec import QuantSpec
@@ -134,8 +136,9 @@ def wide(readers: list[TensorQuantizer]) -> TensorQuantizer:
     (0.1, 51)
     """
     spec = dataclasses.replace(readers[0].spec, bits=_STORED_BITS)
-    ranges = [reader.range() for reader in readers]
-    low, high = min(float(low) for low, _ in ranges), max(float(high) for _, high in ranges)
+    ranges = [(*reader.range(), 1.0 if reader.adaptive is None else reader.adaptive.beta_max) for reader in readers]
+    low = min(float(low) * most for low, _, most in ranges)
+    high = max(float(high) * most for _, high, most in ranges)
     return TensorQuantizer(spec, *scale_and_zero_point(spec, low, high))
 
 

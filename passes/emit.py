@@ -25,6 +25,7 @@ import numpy as np
 import onnx_ir as ir
 
 from postquant.passes import semantics
+from postquant.passes.adaptive_nodes import adaptive_quantize_dequantize, add_adaptive_function
 from postquant.passes.barriers import add_barriers
 from postquant.passes.biases import bias_scale, bias_values, integer_bias, weight_scale
 from postquant.passes.border_nodes import add_border_function, border_quantize_dequantize
@@ -81,6 +82,7 @@ def emit(
     emission = _Emission(copy, plan, weight_storage, integer_clips=integer_clips)
     emission.run()
     add_border_function(copy)
+    add_adaptive_function(copy)
     if weight_storage is WeightStorage.PACKED:
         pack_weights(copy, emission.build, emission.narrow_weights, exact_post=exact_post)
         emission.drop_unread_constants()
@@ -214,10 +216,10 @@ class _Emission:
                 raise ModelError("the plan is of another model", where=f"input {key}", expected="an input of a node")
             source = node.inputs[int(index)]
             assert source is not None
-            if entry.border is not None:
-                name = f"{node_name}_input{index}"
-                bordered = border_quantize_dequantize(self.graph, self.build, source, entry, name)
-                node.replace_input_with(int(index), bordered)
+            if entry.border is not None or entry.adaptive is not None:
+                write = border_quantize_dequantize if entry.adaptive is None else adaptive_quantize_dequantize
+                result = write(self.graph, self.build, source, entry, f"{node_name}_input{index}")
+                node.replace_input_with(int(index), result)
                 continue
             # Nodes that requantize a tensor alike share the result.
             same = (source, (entry.spec, float(entry.scale), int(entry.zero_point)))

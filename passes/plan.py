@@ -23,6 +23,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
+from postquant.runtime_ops.adaptive_module import AdaptiveModule
 from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.quantizer import TensorQuantizer
 from postquant.runtime_ops.rounding_border import RoundingBorder
@@ -118,6 +119,9 @@ class QuantPlan:
                     if entry.border is not None:
                         for part, array in entry.border.arrays().items():
                             arrays[f"{field}/{name}/border/{part}"] = array
+                    if entry.adaptive is not None:
+                        for part, array in entry.adaptive.arrays().items():
+                            arrays[f"{field}/{name}/adaptive/{part}"] = array
             header[field] = table
         for name, values in self.biases.items():
             arrays[f"biases/{name}"] = np.ascontiguousarray(values, dtype=np.float32)
@@ -156,9 +160,16 @@ class QuantPlan:
                 hint="quantize the model again with this version",
             )
 
+        def below(prefix: str) -> dict[str, npt.NDArray[Any]]:
+            return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
         def border(prefix: str) -> RoundingBorder | None:
-            parts = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+            parts = below(prefix)
             return RoundingBorder.from_arrays(parts) if parts else None
+
+        def adaptive(prefix: str) -> AdaptiveModule | None:
+            parts = below(prefix)
+            return AdaptiveModule.from_arrays(parts) if parts else None
 
         def table(field: str) -> dict[str, Entry]:
             result: dict[str, Entry] = {}
@@ -173,6 +184,7 @@ class QuantPlan:
                         arrays.get(f"{key}/codes"),
                         arrays.get(f"{key}/table"),
                         border(f"{key}/border/"),
+                        adaptive(f"{key}/adaptive/"),
                     )
                     if f"{key}/scale" in arrays
                     else spec

@@ -2,8 +2,8 @@
 
 Packed weights become int8 codes behind DequantizeLinear (:func:`postquant.passes.lut_expansion.with_qdq`): the same
 numbers, so that integer kernels fuse. BorderQuantize becomes QuantizeLinear and a Clip of codes: round to nearest,
-which is another number near its borders. Other operators of the domain are replaced by the function bodies that the
-model carries.
+which is another number near its borders. AdaptiveQuantize becomes the same with its fixed step. Other operators of the
+domain are replaced by the function bodies that the model carries.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
+from postquant.passes.adaptive_nodes import is_adaptive
 from postquant.passes.border_nodes import is_border
 from postquant.passes.inline import inline_functions
 from postquant.passes.lut_expansion import with_qdq
@@ -53,6 +54,12 @@ def standard_model(model: ir.Model) -> StandardModel:
         if is_border(node):
             changes.append(f"{node.outputs[0].name} is rounded to nearest instead of by a rounding border")
             _round_to_nearest(copy.graph, build, node)
+        elif is_adaptive(node):
+            changes.append(f"{node.outputs[0].name} has the fixed step instead of an adaptive one")
+            for use in tuple(node.outputs[1].uses()):
+                use.node.replace_input_with(use.idx, node.inputs[1])
+                use.node.attributes.pop("axis", None)
+            _round_to_nearest(copy.graph, build, node)
     keep = frozenset(function.domain for function in copy.functions.values()) - {DOMAIN}
     if any(node.domain == DOMAIN for node in copy.graph):
         inline_functions(copy, keep_domains=keep)
@@ -68,11 +75,11 @@ def standard_model(model: ir.Model) -> StandardModel:
 
 
 def without_borders(plan: QuantPlan) -> QuantPlan:
-    """The plan whose model :func:`standard_model` gives: every rounding border is rounding to nearest."""
+    """The plan whose model :func:`standard_model` gives: rounding is to nearest, and steps are fixed."""
 
     def plain(entry: Entry) -> Entry:
-        if isinstance(entry, TensorQuantizer) and entry.border is not None:
-            return dataclasses.replace(entry, border=None)
+        if isinstance(entry, TensorQuantizer) and (entry.border is not None or entry.adaptive is not None):
+            return dataclasses.replace(entry, border=None, adaptive=None)
         return entry
 
     return dataclasses.replace(
@@ -83,7 +90,7 @@ def without_borders(plan: QuantPlan) -> QuantPlan:
 
 
 def _round_to_nearest(graph: ir.Graph, build: Builder, node: ir.Node) -> None:
-    """QuantizeLinear and a Clip to the border's code range in place of a BorderQuantize; its codes keep their name.
+    """QuantizeLinear and a Clip to the border's code range in place of our quantizer; its codes keep their name.
 
     The Clip is there even where it changes nothing: onnxruntime would merge two quantizations in a row.
     """

@@ -22,7 +22,8 @@ WORTH_DB = 1.0
 def borders_wanted(job: Job) -> bool:
     """Whether borders are tried where an activation can have one.
 
-    Models for other tool chains have no operators of ours, unless they are asked for.
+    Models for other tool chains have no operators of ours, unless they are asked for. Learned borders are decided by
+    then.
     """
     packed = job.target.weight_storage is WeightStorage.PACKED
     if job.encodings is not None:  # borders come with other steps, and a vendor's numbers stay

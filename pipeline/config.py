@@ -69,6 +69,13 @@ class Border(enum.Enum):
     AUTO = "auto"
     ON = "on"
     OFF = "off"
+    LEARNED_OWN = "learned-own"
+    LEARNED_NEIGHBOURS = "learned-neighbours"
+
+    @property
+    def learned(self) -> bool:
+        """Whether they are learned with everything else."""
+        return self in (Border.LEARNED_OWN, Border.LEARNED_NEIGHBOURS)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +216,9 @@ class QuantConfig:
     border: Border = choice(
         Border, "rounding borders, by an operator of ours, for activations of 4 and fewer bits", default=Border.AUTO
     )
+    adaptive_step: bool = flag(
+        "learned steps for every sample, by an operator of ours, for activations of 4 and fewer bits", default=False
+    )
     learn: bool = flag("learn rounding, scales and biases block by block (needs torch)", default=False)
     effort: Effort = choice(Effort, "time that learning may take", default=Effort.NORMAL)
     max_layers: int = integer("quantized layers that one learned block may hold", default=6, low=1, high=1000)
@@ -262,6 +272,7 @@ class QuantConfig:
                 hint="[[override]] gives single layers a width",
             )
         self._check_encodings()
+        self._check_learned()
         if self.weights in (Weights.POST, Weights.LUT) and self.method is not Method.EASYQUANT:
             raise ConfigError(
                 "code books of weights are searched by EasyQuant only",
@@ -273,12 +284,31 @@ class QuantConfig:
     def _check_encodings(self) -> None:
         """Refuses what would change the tensors that a vendor's numbers are about."""
         changes = [name for name in ("align_input", "equalize", "cross_layer", "smooth") if getattr(self, name)]
-        changes += ["border"] if self.border is Border.ON else []
+        changes += ["adaptive_step"] if self.adaptive_step else []
+        changes += ["border"] if self.border not in (Border.AUTO, Border.OFF) else []
         if self.encodings is not None and changes:
             raise ConfigError(
                 "settings that change tensors do not go with a vendor's numbers for them",
                 where=f"encodings, {', '.join(changes)}",
                 hint=f"leave out encodings or {', '.join(changes)}",
+            )
+
+    def _check_learned(self) -> None:
+        """Refuses what exists only learned where nothing is learned."""
+        if self.border.learned and not self.learn:
+            raise ConfigError(
+                "rounding borders are learned only where blocks are",
+                where="border, learn",
+                expected="learn = true",
+                found=f'border = "{self.border.value}", learn = false',
+                hint='border = "on" has borders that nothing is learned for',
+            )
+        if self.adaptive_step and not self.learn:
+            raise ConfigError(
+                "adaptive steps are learned only where blocks are",
+                where="adaptive_step, learn",
+                expected="learn = true",
+                found="adaptive_step = true, learn = false",
             )
 
     @classmethod

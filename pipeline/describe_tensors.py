@@ -95,7 +95,7 @@ def _activations(
                 value=value,
                 node=node,
                 bits=entry.spec.bits,
-                values="int" if entry.border is None else "border",
+                values=_values(entry),
                 scales=(float(entry.scale), float(entry.scale)),
                 zero_point=int(entry.zero_point),
                 grid=_with_clipping(_activation_grid(entry), None if seen is None else seen.density()),
@@ -104,6 +104,12 @@ def _activations(
             )
         )
     return found
+
+
+def _values(quantizer: TensorQuantizer) -> str:
+    if quantizer.adaptive is not None:
+        return "adaptive"
+    return "int" if quantizer.border is None else "border"
 
 
 def _effect(effects: Effects, keys: Sequence[str], quantizer: TensorQuantizer) -> float | None:

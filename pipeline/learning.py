@@ -9,21 +9,35 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from postquant.calib.border import MOST_BITS
 from postquant.calib.learn.available import require_torch
-from postquant.calib.learn.recipe import Device, Recipe, judging_samples, network_recipe, recipe_for
+from postquant.calib.learn.recipe import Borders, Device, Recipe, judging_samples, network_recipe, recipe_for
 from postquant.calib.source import SubsetSource
 from postquant.calib.trial import Trial
 from postquant.calib.work import forward_work
 from postquant.passes.blocks import Block, cut_blocks
+from postquant.passes.border_plan import border_sites
 from postquant.passes.plan import QuantPlan
-from postquant.pipeline.config import QuantConfig
+from postquant.pipeline.config import Border, QuantConfig
 from postquant.pipeline.job import Job
 from postquant.pipeline.stage_log import StageLog
 from postquant.runtime_ops.errors import ConfigError
+from postquant.runtime_ops.law_adaptive import Feature
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 if TYPE_CHECKING:
     from postquant.calib.learn.learner import LearnedBlock
+
+# Weights of so many bits gain nothing from the layers that they would share a block with.
+_WIDE = 8
+
+
+# What an adaptive step sees of its sample.
+ADAPTIVE_FEATURES = Feature.MEANS | Feature.DEVIATION | Feature.MAXIMUM
+_BORDERS = dict.fromkeys(Border, Borders.OFF) | {
+    Border.LEARNED_OWN: Borders.OWN,
+    Border.LEARNED_NEIGHBOURS: Borders.NEIGHBOURS,
+}
 
 
 def check_learning(config: QuantConfig) -> None:
@@ -92,13 +106,31 @@ def learn(
     gain = 20 * math.log10(max(before.error, 1e-30) / max(after.error, 1e-30))
     count = sum(block.kept for block in found)
     log.add("learning", f"{count} of {len(found)} blocks, {gain:.2f} dB", kept=kept, sqnr_db=after.sqnr_db)
+    _tell_roundings(job, model, plan, learned, log, kept=kept)
     plan = learned if kept else plan
     job.checkpoint.save("learn", plan=plan, data=log.since_resume())
     return plan
 
 
+def _tell_roundings(
+    job: Job, model: ir.Model, plan: QuantPlan, learned: QuantPlan, log: StageLog, *, kept: bool
+) -> None:
+    """How many inputs have learned borders and adaptive steps, and which ones cannot."""
+    entries = [entry for entry in learned.requants.values() if isinstance(entry, TensorQuantizer)]
+    wanted = (
+        (job.config.border.learned, "rounding borders", sum(e.border is not None for e in entries)),
+        (job.config.adaptive_step, "adaptive steps", sum(e.adaptive is not None for e in entries)),
+    )
+    for asked, name, count in wanted:
+        if asked:
+            log.add(f"learned {name}", f"{count} inputs of layers", kept=kept and count > 0)
+    if any(asked for asked, _, _ in wanted):
+        refused = border_sites(model, plan, bits=MOST_BITS)[1]
+        log.note(*(f"{name} is rounded to nearest, with a fixed step: {reason}" for name, reason in refused.items()))
+
+
 def learning_blocks(model: ir.Model, plan: QuantPlan, *, max_layers: int = 6) -> tuple[Block, ...]:
-    """All blocks; the layers whose weights are wider than the narrowest ones, such as the first and the last, alone.
+    """All blocks; where weights have fewer than 8 bits, layers that have 8, such as the first and the last, are alone.
 
     Args:
         model: The float model that the plan is about.
@@ -106,8 +138,8 @@ def learning_blocks(model: ir.Model, plan: QuantPlan, *, max_layers: int = 6) ->
         max_layers: Quantized layers that a block may hold, at least 1.
     """
     bits = _layer_bits(model, plan)
-    narrowest = min(bits.values(), default=0)
-    alone = {name for name, width in bits.items() if width > narrowest}
+    wide = {name for name, width in bits.items() if width >= _WIDE}
+    alone = wide if len(wide) < len(bits) else set()
     return cut_blocks(model, set(bits), max_layers=max_layers, alone=alone)
 
 
@@ -151,7 +183,11 @@ class _Run:
         self._model = model
         self._folder = folder
         work = forward_work(model, job.source)
-        self.recipe = recipe_for(job.config.effort, work)
+        self.recipe = dataclasses.replace(
+            recipe_for(job.config.effort, work),
+            borders=_BORDERS[job.config.border],
+            adaptive=int(ADAPTIVE_FEATURES) if job.config.adaptive_step else 0,
+        )
         self._parts: list[tuple[Recipe, tuple[Block, ...]]] = [(self.recipe, blocks)]
         self._whole = network_recipe(job.config.effort, work)
 

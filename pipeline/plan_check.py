@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from postquant.passes import biases, semantics
+from postquant.passes.adaptive_nodes import ADAPTIVE, adaptive_differences, is_adaptive
 from postquant.passes.barriers import is_barrier
 from postquant.passes.border_nodes import BORDER, is_border
 from postquant.passes.plan import QuantPlan
@@ -100,7 +101,7 @@ def differences(float_model: ir.Model, emitted: ir.Model, plan: QuantPlan) -> It
         yield Difference(f"node {name}", f"{node.op_type} is in neither the model nor the plan")
 
 
-_QDQ = frozenset({"QuantizeLinear", "DequantizeLinear", "Clip", BORDER})
+_QDQ = frozenset({"QuantizeLinear", "DequantizeLinear", "Clip", BORDER, ADAPTIVE})
 
 
 def _input(
@@ -155,6 +156,7 @@ def _activation(where: str, quantizer: TensorQuantizer, found: Reading) -> Itera
         return
     yield from _same_numbers(f"{where}, QuantizeLinear", found.numbers, found.quantized_numbers)
     yield from _border(where, quantizer, found.quantize)
+    yield from _adaptive(where, quantizer, found.quantize)
     if found.saturation is not None:
         low, high = found.saturation
         if low < quantizer.spec.qmin or high > quantizer.spec.qmax or low > high:
@@ -164,6 +166,8 @@ def _activation(where: str, quantizer: TensorQuantizer, found: Reading) -> Itera
 
 def _border(where: str, quantizer: TensorQuantizer, node: ir.Node | None) -> Iterator[Difference]:
     """The rounding border of a quantizer, and of the node that makes its codes."""
+    if quantizer.adaptive is not None or is_adaptive(node):
+        return
     if (quantizer.border is not None) != is_border(node):
         expected = "rounding to nearest" if quantizer.border is None else "a rounding border"
         yield Difference(where, f"expected {expected} by the plan, found {None if node is None else node.op_type}")
@@ -178,6 +182,19 @@ def _border(where: str, quantizer: TensorQuantizer, node: ir.Node | None) -> Ite
     for index, (name, array) in enumerate(quantizer.border.arrays().items(), start=3):
         if not np.array_equal(array_of(node.inputs[index], node), array):
             yield Difference(where, f"the border's {name} differs from the plan's")
+
+
+def _adaptive(where: str, quantizer: TensorQuantizer, node: ir.Node | None) -> Iterator[Difference]:
+    """The adaptive step of a quantizer, and of the node that makes its codes."""
+    if (quantizer.adaptive is not None) != is_adaptive(node):
+        expected = "a fixed step" if quantizer.adaptive is None else "an adaptive step"
+        yield Difference(where, f"expected {expected} by the plan, found {None if node is None else node.op_type}")
+        return
+    if quantizer.adaptive is None or node is None:
+        return
+    arrays = [np.asarray(array_of(value, node)) for value in node.inputs[3:]]
+    for part in adaptive_differences(node, quantizer, arrays):
+        yield Difference(where, f"{part} of the adaptive step differs from the plan's")
 
 
 def _weight(

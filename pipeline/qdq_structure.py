@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from postquant.passes.adaptive_nodes import is_adaptive
 from postquant.passes.barriers import before_barrier
 from postquant.passes.border_nodes import is_border
 from postquant.runtime_ops.errors import VerificationError
@@ -28,8 +29,8 @@ class Reading:
         codes: The codes that DequantizeLinear reads.
         numbers: Its scale and zero point.
         dequantize: The DequantizeLinear.
-        quantize: The QuantizeLinear or BorderQuantize that makes the codes; None for constants and for codes from
-            elsewhere.
+        quantize: The QuantizeLinear, BorderQuantize or AdaptiveQuantize that makes the codes; None for constants and
+            for codes from elsewhere.
         saturation: Bounds of the integer Clip between the two, None without one.
     """
 
@@ -67,7 +68,9 @@ def reading(value: ir.Value | None) -> Reading | None:
         return None
     codes = node.inputs[0]
     assert codes is not None
-    numbers = _numbers(node, codes)
+    maker = codes.producer()
+    # An adaptive step is computed: its numbers are those of the factor 1.
+    numbers = _numbers(maker if maker is not None and is_adaptive(maker) else node, codes)
     saturation: tuple[int, int] | None = None
     producer = codes.producer()
     while producer is not None and producer.op_type == "Clip" and not producer.domain:
@@ -76,8 +79,10 @@ def reading(value: ir.Value | None) -> Reading | None:
         saturation = (low, high) if saturation is None else (max(low, saturation[0]), min(high, saturation[1]))
         inner = producer.inputs[0]
         producer = None if inner is None else inner.producer()
-    # BorderQuantize has its scale and zero point where QuantizeLinear has them.
-    makes_codes = producer is not None and (producer.op_type == "QuantizeLinear" or is_border(producer))
+    # BorderQuantize and AdaptiveQuantize have their scale and zero point where QuantizeLinear has them.
+    makes_codes = producer is not None and (
+        producer.op_type == "QuantizeLinear" or is_border(producer) or is_adaptive(producer)
+    )
     quantize = producer if makes_codes else None
     return Reading(codes, numbers, node, quantize, saturation)
 

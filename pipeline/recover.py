@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from postquant.passes.adaptive_nodes import is_adaptive
 from postquant.passes.barriers import is_barrier
 from postquant.passes.border_nodes import is_border
 from postquant.passes.lut_expansion import with_qdq
@@ -133,7 +134,7 @@ class _Recovery:
         quantizers = ("DequantizeLinear", "Clip", "QuantizeLinear")
         for node in reversed(tuple(self.graph)):
             value = node.outputs[0]
-            removable = node.op_type in quantizers or is_barrier(node) or is_border(node)
+            removable = node.op_type in quantizers or is_barrier(node) or is_border(node) or is_adaptive(node)
             if removable and not value.uses() and not value.is_graph_output():
                 self.graph.remove(node, safe=True)
         for name, value in tuple(self.graph.initializers.items()):

@@ -100,7 +100,8 @@ class Simulation:
         if tensor.stored_codes is not None:
             assert tensor.stored_quantizer is not None
             real = Affine.of(tensor.stored_quantizer).real(arrays[tensor.stored_codes])
-            return quantized(real, out) if tensor.quantizer.border is None else self._bordered(tensor, real)
+            plain = tensor.quantizer.border is None and tensor.quantizer.adaptive is None
+            return quantized(real, out) if plain else self._ours(tensor, real)
         if tensor.node is None:
             return quantized(np.asarray(feeds[tensor.source]), out)
         law = self._law(tensor, arrays, out, optimized)
@@ -119,8 +120,8 @@ class Simulation:
             law = Prediction(np.clip(law.codes, codes[0], codes[1]).astype(np.int32), value, law.slack)
         return law.clipped(tensor.quantizer.spec.qmin, tensor.quantizer.spec.qmax)
 
-    def _bordered(self, tensor: Stored, real: npt.NDArray[np.float32]) -> Prediction:
-        """Codes of BorderQuantize, whose implementations agree to the bit: there is no slack."""
+    def _ours(self, tensor: Stored, real: npt.NDArray[np.float32]) -> Prediction:
+        """Codes of BorderQuantize and AdaptiveQuantize, whose implementations agree to the bit: there is no slack."""
         codes = tensor.quantizer.quantize(real).astype(np.int32)
         return Prediction(codes, codes.astype(np.float32), 0.0)
 
@@ -251,8 +252,8 @@ class Simulation:
         if seen is None:
             return None
         quantizer = input_quantizer(self._plan, node, index) or self._plan.activation_quantizer(value.name or "")
-        if quantizer is None:
-            return None
+        if quantizer is None or quantizer.adaptive is not None:
+            return None  # with an adaptive step the reader computes in float
         return Operand(arrays[seen.codes.name or ""], Affine.of(quantizer))
 
     def _constant(self, node: ir.Node, index: int, value: ir.Value, *, quantized_in_file: bool) -> Operand:

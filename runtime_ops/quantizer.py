@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from postquant.runtime_ops import law
+from postquant.runtime_ops.adaptive_module import AdaptiveModule
 from postquant.runtime_ops.code_book import CodeBook, nearest_levels, post_table
+from postquant.runtime_ops.law_adaptive import adaptive_quantize
 from postquant.runtime_ops.law_border import border_quantize
 from postquant.runtime_ops.rounding_border import RoundingBorder
 from postquant.runtime_ops.spec import QuantSpec, Rounding
@@ -63,6 +65,7 @@ class TensorQuantizer:
         codes: int8/uint8 codes of the weight when rounding is not nearest, else None; levels where there is a table.
         table: (2**bits,) sorted int8 levels of a code book; None for uniform codes. That of POST is filled in.
         border: Rounds an unsigned activation of at most 8 bits otherwise than to nearest; None for nearest.
+        adaptive: Gives such an activation, with the zero point 0, a step per sample: ``scale`` times a factor.
     """
 
     spec: QuantSpec
@@ -71,6 +74,7 @@ class TensorQuantizer:
     codes: npt.NDArray[np.integer] | None = None
     table: npt.NDArray[np.int8] | None = None
     border: RoundingBorder | None = None
+    adaptive: AdaptiveModule | None = None
 
     def __post_init__(self) -> None:
         scale = np.asarray(self.scale, np.float32)
@@ -90,6 +94,11 @@ class TensorQuantizer:
             if self.spec.signed or self.spec.bits > 8 or self.spec.axis is not None or self.codes is not None:
                 raise ValueError("a rounding border exists only for unsigned activations of at most 8 bits")
             self.border.law(scale, zero_point, self.spec.qmin, self.spec.qmax)
+        if self.adaptive is not None:
+            plain = self.border is None and self.codes is None and self.spec.axis is None and not zero_point
+            if self.spec.signed or self.spec.bits > 8 or not plain:
+                raise ValueError("an adaptive step exists only for unsigned activations with the zero point 0")
+            self.adaptive.law(scale, zero_point, self.spec.qmin, self.spec.qmax)
 
     @classmethod
     def from_range(cls, spec: QuantSpec, low: npt.ArrayLike, high: npt.ArrayLike) -> TensorQuantizer:
@@ -116,17 +125,26 @@ class TensorQuantizer:
         """Codes of ``x`` in the spec's container type (:func:`postquant.runtime_ops.law.quantize`).
 
         With a table: its nearest levels (:func:`postquant.runtime_ops.code_book.nearest_levels`). With a border:
-        :func:`postquant.runtime_ops.law_border.border_quantize`, which wants a whole tensor.
+        :func:`postquant.runtime_ops.law_border.border_quantize`, which wants a whole tensor. With an adaptive step:
+        :func:`postquant.runtime_ops.law_adaptive.adaptive_quantize`, which wants whole samples.
         """
         if self.table is not None:
             return self._levels(x)
         if self.border is not None:
             numbers = self.border.law(self.scale, self.zero_point, self.spec.qmin, self.spec.qmax)
             return border_quantize(np.asarray(x, np.float32), numbers)
+        if self.adaptive is not None:
+            return self._adapted(self.adaptive, x)[0]
         return self._apply(law.quantize, x).astype(self.spec.container)
 
     def dequantize(self, codes: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
-        """Values of ``codes`` (:func:`postquant.runtime_ops.law.dequantize`)."""
+        """Values of ``codes`` (:func:`postquant.runtime_ops.law.dequantize`).
+
+        Raises:
+            ValueError: If the step is adaptive: codes alone do not tell it.
+        """
+        if self.adaptive is not None:
+            raise ValueError("codes of an adaptive step have no values without the steps of their samples")
         return law.dequantize(codes, self.scale, self.zero_point, axis=self.spec.axis)
 
     def simulate(self, x: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
@@ -137,7 +155,16 @@ class TensorQuantizer:
             return self.dequantize(self._levels(x))
         if self.border is not None:
             return self.dequantize(self.quantize(x))
+        if self.adaptive is not None:
+            codes, steps = self._adapted(self.adaptive, x)
+            return np.asarray(codes.astype(np.float32) * steps.reshape(-1, *([1] * (x.ndim - 1))), np.float32)
         return self._apply(law.simulate, x)
+
+    def _adapted(
+        self, module: AdaptiveModule, x: npt.NDArray[np.floating]
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+        numbers = module.law(self.scale, self.zero_point, self.spec.qmin, self.spec.qmax)
+        return adaptive_quantize(np.asarray(x, np.float32), numbers)
 
     def _levels(self, x: npt.NDArray[np.floating]) -> npt.NDArray[np.int8]:
         assert self.table is not None

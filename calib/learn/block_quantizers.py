@@ -17,6 +17,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from postquant.calib.layers import Layer
+from postquant.calib.learn.adaptive import AdaptiveActivation
+from postquant.calib.learn.block_borders import stored_for_readers
+from postquant.calib.learn.borders import BorderedActivation, BorderLearning
 from postquant.calib.learn.quantizers import (
     ActivationQuantizer,
     DropMasks,
@@ -24,16 +28,17 @@ from postquant.calib.learn.quantizers import (
     fake_quantize,
 )
 from postquant.calib.learn.read_keys import integer_nodes, keys_read, stored_key
-from postquant.calib.learn.recipe import Rounding
+from postquant.calib.learn.recipe import Recipe
 from postquant.calib.learn.weights import WeightQuantizer, weight_quantizer
 from postquant.passes import semantics
+from postquant.passes.border_plan import wide
 from postquant.passes.plan import QuantPlan
-from postquant.runtime_ops.law_border import border_quantize
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 Tensor = torch.Tensor
 # Activation steps of fewer bits are learned.
 FIXED_BITS = 8
+Step = ActivationQuantizer | BorderedActivation | AdaptiveActivation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +66,7 @@ class BlockQuantizers:
         plan: The plan; every entry has its numbers.
         nodes: The block's nodes.
         decided: Keys of quantizers that nodes in front of the block read through as well.
-        rounding: How codes of weights are learned.
+        recipe: How it is learned.
         device: Where it is learned.
 
     Attributes:
@@ -77,7 +82,7 @@ class BlockQuantizers:
         plan: QuantPlan,
         nodes: Sequence[ir.Node],
         decided: frozenset[str],
-        rounding: Rounding,
+        recipe: Recipe,
         device: torch.device,
     ) -> None:
         self._plan = plan
@@ -88,12 +93,14 @@ class BlockQuantizers:
         self._fixed: dict[str, Tensor] = {}
         self.weights: dict[str, WeightQuantizer] = {}
         self.biases: dict[str, LearnedBias] = {}
-        self.steps: dict[str, ActivationQuantizer] = {}
+        self.steps: dict[str, Step] = {}
         self._layer_of_bias: dict[str, _Layer] = {}
         for layer in self._layers:
             quantizer = plan.weights[layer.weight]
             assert isinstance(quantizer, TensorQuantizer)
-            self.weights[layer.weight] = weight_quantizer(rounding, _array(model, layer.weight), quantizer, device)
+            self.weights[layer.weight] = weight_quantizer(
+                recipe.rounding, _array(model, layer.weight), quantizer, device
+            )
             if layer.bias is not None:
                 values = plan.biases.get(layer.bias)
                 self.biases[layer.bias] = LearnedBias(_array(model, layer.bias) if values is None else values, device)
@@ -101,9 +108,45 @@ class BlockQuantizers:
         for key in keys_read(model, nodes, plan):
             entry = plan.requants.get(key) or plan.activations.get(key)
             assert isinstance(entry, TensorQuantizer)
-            if key not in decided and entry.spec.bits < FIXED_BITS and entry.border is None:
-                self.steps[key] = ActivationQuantizer(entry, device)
+            if key not in decided and entry.spec.bits < FIXED_BITS:
+                self.steps[key] = self._step(key, entry, nodes, recipe)
+        self._stored_for = stored_for_readers(nodes, plan)
         self._prepare_fixed(model, nodes)
+
+    def _step(self, key: str, entry: TensorQuantizer, nodes: Sequence[ir.Node], recipe: Recipe) -> Step:
+        if entry.adaptive is not None:
+            return AdaptiveActivation(entry, self._device, learned=bool(recipe.adaptive))
+        if entry.border is None:
+            return ActivationQuantizer(entry, self._device)
+        layer = next(found for node in nodes if f"{node.name}:0" == key and (found := Layer.of(node)) is not None)
+
+        def weight() -> npt.NDArray[np.float32]:
+            return np.asarray(self.weights[layer.weight].simulate(hard=True).detach().cpu().numpy(), np.float32)
+
+        learning = BorderLearning(recipe.borders, layer, weight, recipe.temperature)
+        return BorderedActivation(entry, learning, self._device)
+
+    def advance(self, share: float) -> None:
+        """Told the share of the iterations that are done, in [0, 1)."""
+        for step in self.steps.values():
+            step.advance(share)
+
+    def remember(self) -> None:
+        """The present state may be asked for again; leaves are the caller's."""
+        for step in self._bordered():
+            step.remember()
+
+    def recall(self) -> None:
+        """Goes back to the state that was remembered last, if any."""
+        for step in self._bordered():
+            step.recall()
+
+    def _bordered(self) -> list[BorderedActivation]:
+        return [step for step in self.steps.values() if isinstance(step, BorderedActivation)]
+
+    def penalty(self) -> Tensor | float:
+        """What the steps add to the loss of the last run."""
+        return sum((s.penalty() for s in self.steps.values() if isinstance(s, AdaptiveActivation)), 0.0)
 
     def _prepare_fixed(self, model: ir.Model, nodes: Sequence[ir.Node]) -> None:
         """Constants of the unlearned plan, for comparison."""
@@ -148,11 +191,12 @@ class BlockQuantizers:
         """The plan with everything that was learned."""
         weights = {name: weight.learned() for name, weight in self.weights.items()}
         steps = {key: step.learned() for key, step in self.steps.items()}
+        stored = {name: wide([steps[key] for key in keys]) for name, keys in self._stored_for.items()}
         return dataclasses.replace(
             plan,
             weights={**plan.weights, **weights},
             biases={**plan.biases, **{name: bias.learned() for name, bias in self.biases.items()}},
-            activations={**plan.activations, **{k: q for k, q in steps.items() if k in plan.activations}},
+            activations={**plan.activations, **{k: q for k, q in steps.items() if k in plan.activations}, **stored},
             requants={**plan.requants, **{k: q for k, q in steps.items() if k in plan.requants}},
         )
 
@@ -204,16 +248,16 @@ class BlockQuantizers:
     def quantize(self, key: str, x: Tensor, *, masks: DropMasks | None, all_steps: bool, learned: bool) -> Tensor:
         """``x`` behind one quantizer of the plan."""
         step = self.steps.get(key)
-        if step is not None and learned:
-            return step.simulate(x, masks)
         entry = self._plan.requants.get(key) or self._plan.activations.get(key)
+        if step is not None and learned and (not all_steps or isinstance(step, ActivationQuantizer)):
+            return step.simulate(x, masks)
+        if step is not None and learned:
+            entry = step.learned()
+        elif learned and key in self._stored_for:
+            entry = wide([self.steps[reader].learned() for reader in self._stored_for[key]])
         assert isinstance(entry, TensorQuantizer)
-        if entry.border is not None:
-            codes = border_quantize(
-                x.detach().cpu().numpy(),
-                entry.border.law(entry.scale, entry.zero_point, entry.spec.qmin, entry.spec.qmax),
-            )
-            return torch.as_tensor(entry.dequantize(codes), device=x.device)
+        if entry.border is not None or entry.adaptive is not None:
+            return torch.as_tensor(entry.simulate(x.detach().cpu().numpy()), device=x.device)
         if entry.spec.bits >= FIXED_BITS and not all_steps:
             return x
         point = int(entry.zero_point)

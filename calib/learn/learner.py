@@ -16,15 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 import onnx_ir as ir
 import torch
 
+from postquant.calib.learn.block_borders import with_neutral
 from postquant.calib.learn.block_cache import BlockCache, BlockSamples
 from postquant.calib.learn.block_quantizers import FIXED_BITS, BlockQuantizers
 from postquant.calib.learn.executor import supported
 from postquant.calib.learn.read_keys import keys_read
-from postquant.calib.learn.recipe import Recipe, Rounding
+from postquant.calib.learn.recipe import Borders, Recipe, Rounding
 from postquant.calib.learn.reconstruct import BlockDiffersError, BlockOutcome, reconstruct
 from postquant.passes.blocks import Block
 from postquant.passes.free_memory import hold_memory
 from postquant.passes.plan import QuantPlan
+from postquant.runtime_ops.law_adaptive import Feature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +121,13 @@ class Learner:
         if unsupported is not None:
             reason = f"torch does not run it: {unsupported}"
             return plan, LearnedBlock(block.name, block.layers, kept=False, reason=reason)
-        decided = self._decided(plan, block)
+        decided, given = self._decided(plan, block), plan
+        borders, features = self._recipe.borders is not Borders.OFF, Feature(self._recipe.adaptive) or None
+        if borders or features:
+            plan = with_neutral(self._model, plan, nodes, decided, borders=borders, features=features)
 
         def attempt(recipe: Recipe, samples: BlockSamples) -> tuple[BlockQuantizers, BlockOutcome]:
-            quantizers = BlockQuantizers(self._model, plan, nodes, decided, recipe.rounding, self._device)
+            quantizers = BlockQuantizers(self._model, plan, nodes, decided, recipe, self._device)
             outcome = reconstruct(
                 nodes,
                 block.output,
@@ -135,9 +140,9 @@ class Learner:
             )
             return quantizers, outcome
 
-        if not BlockQuantizers(self._model, plan, nodes, decided, self._recipe.rounding, self._device).narrow:
+        if not BlockQuantizers(self._model, plan, nodes, decided, self._recipe, self._device).narrow:
             reason = f"nothing in it has fewer than {FIXED_BITS} bits"
-            return plan, LearnedBlock(block.name, block.layers, kept=False, reason=reason)
+            return given, LearnedBlock(block.name, block.layers, kept=False, reason=reason)
         with self._cache.load(block, plan) as samples:
             try:
                 quantizers, outcome = attempt(self._recipe, samples)
@@ -150,7 +155,7 @@ class Learner:
                         seconds=first.seconds + outcome.seconds,
                     )
             except BlockDiffersError as error:
-                return plan, LearnedBlock(block.name, block.layers, kept=False, reason=str(error))
+                return given, LearnedBlock(block.name, block.layers, kept=False, reason=str(error))
         learned = LearnedBlock(
             block.name,
             block.layers,
@@ -161,7 +166,7 @@ class Learner:
             iterations=outcome.iterations,
             seconds=outcome.seconds,
         )
-        return quantizers.to_plan(plan) if outcome.kept else plan, learned
+        return quantizers.to_plan(plan) if outcome.kept else given, learned
 
     def _decided(self, plan: QuantPlan, block: Block) -> frozenset[str]:
         """Keys of quantizers that nodes in front of the block's end, and not in it, read through."""
@@ -172,8 +177,15 @@ class Learner:
 
 
 def _without_codes(recipe: Recipe) -> Recipe:
-    """For a block that other codes make worse: scales, biases and steps alone, with half the steps."""
-    return dataclasses.replace(recipe, iterations=-(-recipe.iterations // 2), rounding_rate=0.0)
+    """For a block that got worse: scales, biases and steps alone, with half the steps at a third of their rates."""
+    return dataclasses.replace(
+        recipe,
+        iterations=-(-recipe.iterations // 2),
+        rounding_rate=0.0,
+        bias_rate=recipe.bias_rate / 3,
+        weight_scale_rate=recipe.weight_scale_rate / 3,
+        step_rate=recipe.step_rate / 3,
+    )
 
 
 @contextlib.contextmanager

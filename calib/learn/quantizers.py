@@ -38,7 +38,7 @@ class FakeQuantize(torch.autograd.Function):
         Args:
             ctx: Keeps what the gradient needs.
             x: Any shape, float32.
-            scale: () float32, > 0.
+            scale: () float32, or (N, 1, ...) for a step per sample, > 0.
             low: Smallest code, counted from the zero point, <= 0.
             high: Largest code, counted from the zero point, >= 0.
             mask: Shape of ``x``, 1 where an element is quantized and 0 where it stays float; all 1 when None.
@@ -46,7 +46,7 @@ class FakeQuantize(torch.autograd.Function):
         ratio = x / scale
         codes = ratio.clamp(low, high).round_()
         ctx.save_for_backward(ratio, codes, mask if mask is not None else scale)
-        ctx.has_mask, ctx.low, ctx.high = mask is not None, low, high
+        ctx.has_mask, ctx.low, ctx.high, ctx.scalar = mask is not None, low, high, scale.ndim == 0
         simulated = codes * scale
         return simulated if mask is None else torch.lerp(x, simulated, mask)
 
@@ -59,7 +59,11 @@ class FakeQuantize(torch.autograd.Function):
         # One pass, where comparing and multiplying by booleans are three.
         inside = torch.ops.aten.hardtanh_backward(quantized, ratio, ctx.low, ctx.high)
         # Outside, codes are the bound itself, and the ratio does not count.
-        to_scale = (quantized * codes).sum() - (inside * ratio).sum() if ctx.needs_input_grad[1] else None
+        to_scale = None
+        if ctx.needs_input_grad[1] and ctx.scalar:
+            to_scale = (quantized * codes).sum() - (inside * ratio).sum()
+        elif ctx.needs_input_grad[1]:  # one step per sample
+            to_scale = (quantized * codes - inside * ratio).sum(tuple(range(1, grad.ndim)), keepdim=True)
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = inside.add_(grad).sub_(quantized) if ctx.has_mask else inside
@@ -135,6 +139,9 @@ class ActivationQuantizer:
         point = int(quantizer.zero_point)
         self._low, self._high = float(quantizer.spec.qmin - point), float(quantizer.spec.qmax - point)
         self.scale = LearnedScale(quantizer, device)
+
+    def advance(self, share: float) -> None:
+        """Told the share of the iterations that are done: nothing changes."""
 
     def simulate(self, x: Tensor, masks: DropMasks | None) -> Tensor:
         """``x`` behind the quantizer; where ``masks`` drops, it stays float."""

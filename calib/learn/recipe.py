@@ -25,6 +25,14 @@ class Rounding(enum.Enum):
     FREE = "free"
 
 
+class Borders(enum.Enum):
+    """What is learned of rounding borders (:mod:`postquant.calib.learn.borders`)."""
+
+    OFF = "off"
+    OWN = "own"
+    NEIGHBOURS = "neighbours"
+
+
 class Device(enum.Enum):
     """Where blocks are learned."""
 
@@ -40,6 +48,8 @@ class Recipe:
         iterations: Steps of the optimizer.
         rounding: How codes of weights are learned.
         batch: Samples per step.
+        damping: Stiffness of the springs that hold latent weights at their levels, in units of the loss's curvature
+            (free rounding only); 0 for none.
         rounding_rate: Learning rate (Adam) of the rounding variables; where rounding is free it falls to zero along a
             cosine.
         bias_rate: Of biases, in units of the root mean square of the block's output.
@@ -51,20 +61,32 @@ class Recipe:
         beta: Exponent of the regulariser behind the warm-up and at the end.
         keep: Share of activations that QDrop quantizes, and of inputs that come from the quantized prefix.
         validation: Share of the samples that only judge.
+        borders: What is learned of rounding borders.
+        border_rate: Of their coefficients and strengths; falls to zero along a cosine.
+        adaptive: Statistics by which a step adapts to its sample, a sum as in AdaptiveQuantize; 0 for none. Inputs that
+            have an adaptive step have no border.
+        adaptive_rate: Of the weights of these statistics; falls to zero along a cosine.
+        temperature: Of the borders' soft gradient at the start and at the end; None for straight through.
     """
 
     iterations: int
     rounding: Rounding = Rounding.FREE
     batch: int = 32
-    rounding_rate: float = 1.5e-3
-    bias_rate: float = 1e-3
-    weight_scale_rate: float = 1e-3
+    damping: float = 0.5
+    rounding_rate: float = 1e-2
+    bias_rate: float = 3e-3
+    weight_scale_rate: float = 3e-3
     step_rate: float = 1e-3
     regularisation: float = 5.0
     warm_up: float = 0.2
     beta: tuple[float, float] = (20.0, 2.0)
     keep: float = 1.0
     validation: float = 0.125
+    borders: Borders = Borders.OFF
+    border_rate: float = 1e-2
+    adaptive: int = 0
+    adaptive_rate: float = 1e-2
+    temperature: tuple[float, float] | None = (0.2, 0.05)
 
 
 def judging_samples(count: int, share: float) -> list[int]:
@@ -81,13 +103,16 @@ def judging_samples(count: int, share: float) -> list[int]:
     return [(2 * index + 1) * count // (2 * judges) for index in range(judges)]
 
 
-# Steps per block, and multiply-accumulates that the forward runs of the whole network may take in the end.
+# Steps per block, multiply-accumulates that the forward runs of all blocks may take (large networks get fewer steps,
+# but some), and those that the forward runs of the whole network may take in the end.
 _ITERATIONS = {Effort.FAST: 500, Effort.NORMAL: 1000, Effort.MAX: 5000}
+_BLOCK_WORK = {Effort.FAST: 7.5e11, Effort.NORMAL: 2e12, Effort.MAX: 1e13}
+_FEWEST_ITERATIONS = 200
 _NETWORK_WORK = {Effort.FAST: 3.5e11, Effort.NORMAL: 7e11, Effort.MAX: 4e12}
 # A network of more multiply-accumulates per sample gets smaller batches, so that a step costs the same.
 _BATCH_WORK = 3.2e9
 _LEAST_BATCH, _MOST_BATCH = 8, 32
-# Fewer steps of the whole network than this change nothing.
+# Fewer steps of the whole network than this change nothing. Its blocks are learned already: rates are lower.
 _LEAST_STEPS = 50
 
 
@@ -99,7 +124,8 @@ def recipe_for(effort: Effort, work: float) -> Recipe:
         work: Multiply-accumulates of the network for one sample.
     """
     batch = int(min(max(_BATCH_WORK / max(work, 1.0), _LEAST_BATCH), _MOST_BATCH))
-    return Recipe(_ITERATIONS[effort], batch=batch)
+    affordable = max(int(_BLOCK_WORK[effort] / (max(work, 1.0) * batch)), _FEWEST_ITERATIONS)
+    return Recipe(min(_ITERATIONS[effort], affordable), batch=batch)
 
 
 def network_recipe(effort: Effort, work: float) -> Recipe | None:
@@ -113,4 +139,13 @@ def network_recipe(effort: Effort, work: float) -> Recipe | None:
     steps = int(_NETWORK_WORK[effort] / (max(work, 1.0) * recipe.batch))
     if steps < _LEAST_STEPS:
         return None
-    return dataclasses.replace(recipe, iterations=min(steps, recipe.iterations), rounding=Rounding.FREE, keep=1.0)
+    return dataclasses.replace(
+        recipe,
+        iterations=min(steps, _ITERATIONS[effort]),
+        rounding=Rounding.FREE,
+        keep=1.0,
+        damping=0.2,
+        rounding_rate=2e-3,
+        bias_rate=1e-3,
+        weight_scale_rate=1e-3,
+    )

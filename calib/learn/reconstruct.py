@@ -1,11 +1,11 @@
 """Learns one block: its output in the quantized network comes close to the float network's (:func:`reconstruct`).
 
-    L = |f(x_in) - y|^2 / |y - mean y|^2 + lambda * (rounding regulariser)
+    L = |f(x_in) - y|^2 / |y - mean y|^2 + (regulariser of the rounding)
 
 ``x_in`` comes from the already quantized prefix, ``y`` from the float network. With QDrop's masks (``keep`` below 1) a
 part of the input comes from the float network, and a part of the activations inside is not quantized. Some samples
-only judge: with every quantizer on and weights rounded, a block that is not better there than without learning keeps
-what it had.
+only judge, with every quantizer on and weights rounded, a few times on the way: the best state is what is learned, a
+block that has become far worse stops, and one that is never better than without learning keeps what it had.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx_ir as ir
 import torch
 
+from postquant.calib.learn.adaptive import AdaptiveActivation
 from postquant.calib.learn.block_cache import BlockSamples
 from postquant.calib.learn.block_quantizers import BlockQuantizers, Reader
+from postquant.calib.learn.borders import BorderedActivation
+from postquant.calib.learn.curvature import measure_stiffness
 from postquant.calib.learn.executor import constant_values, run_nodes
 from postquant.calib.learn.quantizers import DropMasks
 from postquant.calib.learn.recipe import Recipe, Rounding
@@ -32,6 +35,10 @@ Tensor = torch.Tensor
 _SAME = 1e-3
 # How often a block says how far it is.
 _TOLD = 50
+# Judged at these shares of the steps; the best state counts.
+_JUDGED = (0.25, 0.5, 0.75, 1.0)
+# A block whose error is so many times its best one does not come back.
+_HOPELESS = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,31 +96,83 @@ def reconstruct(
     begun = time.monotonic()
     generator = torch.Generator().manual_seed(seed)
     split = SampleSplit(samples.groups, recipe.validation, generator)
-    block = _Block(nodes, output, samples, device)
+    block = _Block(nodes, output, samples, recipe.batch, device)
     block.check(split)
     before = block.error(quantizers.unlearned(), split)
+    if _springs(recipe):
+        measure_stiffness(
+            quantizers.weights.values(),
+            lambda: block.run(block.inputs(split.batch(recipe.batch)), quantizers.reader()),
+            block.variance,
+            generator,
+        )
     masks = DropMasks(generator, device, recipe.keep) if recipe.keep < 1 else None
     optimizer, schedule = _optimizer(quantizers, recipe, block.size)
+    best = _Best(optimizer, quantizers, before)
+    points = {math.ceil(recipe.iterations * share) for share in _JUDGED}
     for iteration in range(recipe.iterations):
         schedule(iteration)
+        quantizers.advance(iteration / recipe.iterations)
         chosen = split.batch(recipe.batch)
         result = block.run(block.mixed(chosen, masks), quantizers.reader(masks=masks))
         loss = (result - block.take(samples.target, chosen)).square().mean() / block.variance
-        total = loss + _regulariser(quantizers, recipe, iteration)
+        total = loss + _regulariser(quantizers, recipe, iteration) + quantizers.penalty()
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(total)
         optimizer.step()
         if iteration % _TOLD == 0 or iteration + 1 == recipe.iterations:
             progress(iteration + 1, float(loss.detach()))
-    after = block.error(quantizers.reader(hard=True, all_steps=True), split)
-    return BlockOutcome(before, after, after < before, recipe.iterations, time.monotonic() - begun)
+        if iteration + 1 in points:
+            best.judge(block.error(quantizers.reader(hard=True, all_steps=True), split))
+            if best.hopeless:
+                break
+    best.restore()
+    return BlockOutcome(before, best.after, best.after < before, iteration + 1, time.monotonic() - begun)
+
+
+class _Best:
+    """The best judged state of what an optimizer learns.
+
+    Args:
+        optimizer: Its parameters are the state.
+        quantizers: What they have beside that.
+        before: Judged error without learning.
+
+    Attributes:
+        after: The smallest judged error of a learned state.
+        hopeless: Whether the last state was far worse than the best one or no learning.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, quantizers: BlockQuantizers, before: float) -> None:
+        self._quantizers = quantizers
+        self._leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
+        self._state = [leaf.detach().clone() for leaf in self._leaves]
+        self._before = before
+        self.after = math.inf
+        self.hopeless = False
+
+    def judge(self, error: float) -> None:
+        """Keeps the present state if its error is the smallest so far."""
+        self.hopeless = not error <= _HOPELESS * min(self.after, self._before)
+        if error < self.after:
+            self.after, self._state = error, [leaf.detach().clone() for leaf in self._leaves]
+            self._quantizers.remember()
+
+    def restore(self) -> None:
+        """Puts the best state back."""
+        for leaf, kept in zip(self._leaves, self._state, strict=True):
+            leaf.data.copy_(kept)
+        self._quantizers.recall()
 
 
 class _Block:
     """A block that runs on parts of its samples."""
 
-    def __init__(self, nodes: Sequence[ir.Node], output: str, samples: BlockSamples, device: torch.device) -> None:
+    def __init__(
+        self, nodes: Sequence[ir.Node], output: str, samples: BlockSamples, batch: int, device: torch.device
+    ) -> None:
         self._nodes = nodes
+        self._batch = batch
         self._output = output
         self._samples = samples
         self._device = device
@@ -177,7 +236,8 @@ class _Block:
         """Error of the output relative to its variance, on judging samples of the quantized prefix."""
         total, count = 0.0, 0
         with torch.no_grad():
-            for part in split.judging(64):
+            # No more at once than while it learns: all values of the block are in memory.
+            for part in split.judging(self._batch):
                 reader.forget()
                 result = self.run(self.inputs(part), reader)
                 total += float((result - self.take(self._samples.target, part)).square().double().sum())
@@ -185,15 +245,22 @@ class _Block:
         return total / count / self.variance
 
 
+def _springs(recipe: Recipe) -> bool:
+    """Whether latent weights are held at their levels."""
+    return recipe.rounding is Rounding.FREE and recipe.damping > 0 and recipe.rounding_rate > 0
+
+
 def _regulariser(quantizers: BlockQuantizers, recipe: Recipe, iteration: int) -> Tensor | float:
-    """Drives the choice between neighbours: nothing in the warm-up, then an exponent that falls."""
+    """The springs, or what drives the choice between neighbours: nothing in the warm-up, then a falling exponent."""
+    weights = quantizers.weights.values()
     share = (iteration / recipe.iterations - recipe.warm_up) / (1 - recipe.warm_up)
-    if recipe.rounding is Rounding.FREE or share <= 0:
+    if not weights or not (_springs(recipe) or (recipe.rounding is Rounding.NEIGHBOURS and share > 0)):
         return 0.0
     first, last = recipe.beta
     beta = last + (first - last) * (1 - share)
-    weights = quantizers.weights.values()
     total = torch.stack([w.regulariser(beta) for w in weights]).sum()
+    if recipe.rounding is Rounding.FREE:
+        return recipe.damping * total
     return recipe.regularisation * total / sum(w.variable.numel() for w in weights)
 
 
@@ -207,6 +274,8 @@ def _optimizer(
         ([b.values for b in biases], recipe.bias_rate * size, True),
         ([w.scale.factor for w in weights], recipe.weight_scale_rate, True),
         ([s.scale.factor for s in steps], recipe.step_rate, True),
+        ([p for s in steps if isinstance(s, BorderedActivation) for p in s.parameters()], recipe.border_rate, True),
+        ([s.weights for s in steps if isinstance(s, AdaptiveActivation)], recipe.adaptive_rate, True),
     ]
     learned = [([p for p in params if p.requires_grad], rate, falls) for params, rate, falls in groups]
     used = [(params, rate, falls) for params, rate, falls in learned if params]

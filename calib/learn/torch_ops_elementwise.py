@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -79,13 +80,16 @@ def _where(node: ir.Node, inputs: Inputs) -> tuple[torch.Tensor, ...]:
 def _clip(node: ir.Node, inputs: Inputs) -> tuple[torch.Tensor, ...]:
     """Bounds are attributes before opset 11, inputs from then on; the upper one wins where they cross."""
     x = needed(inputs)
-    for index, name, bound in ((1, "min", torch.maximum), (2, "max", torch.minimum)):
+    bounds = []
+    for index, name, free in ((1, "min", -math.inf), (2, "max", math.inf)):
         limit = given(inputs, index)
-        if limit is None and name in node.attributes:
-            limit = torch.tensor(number(node, name, 0.0))
-        if limit is not None:
-            x = bound(x, limit.reshape(()).to(x))
-    return (x,)
+        bounds.append(number(node, name, free) if limit is None else limit.item())
+    low, high = min(bounds), bounds[1]
+    if x.is_floating_point():
+        # Its gradient is one pass; that of a minimum and a maximum took three quarters of MobileNetV2's time.
+        return (functional.hardtanh(x, low, high),)
+    x = x if low == -math.inf else x.clamp(min=low)
+    return (x if high == math.inf else x.clamp(max=high),)
 
 
 def _leaky_relu(node: ir.Node, inputs: Inputs) -> tuple[torch.Tensor, ...]:

@@ -8,7 +8,14 @@ levels ``lo`` and ``hi``, and the variable V decides between them; a regulariser
     h = clip(1.2 sigmoid(V) - 0.1, 0, 1)        w~ = s (lo + h (hi - lo))
 
 *Freely* (:class:`FreeRounding`; as AdaQuant, Hubara et al. 2020). A latent weight u, in units of the mean gap between
-levels, is rounded to the nearest level in every step, and gradients pass through the rounding. It can reach any level.
+levels, is rounded to the nearest level c in every step, and gradients g pass through the rounding. It can reach any
+level. Alone, that never rests: any g, however small, pushes u over the edge in the end, where the loss is higher and
+pushes it back. A spring holds u at its level, as stiff as the loss bends there (h = d2L/du2, estimated once):
+
+    L + damping * sum of h (u - c)^2 / 2
+
+At rest ``u = c - g / (damping * h)``: with damping 1, u is where Newton's method would move that weight alone, and it
+changes its code only where that lies nearer to another level.
 
 Either starts at the codes that the plan has: those have seen the second moments of the layer's inputs. The scale of
 every channel is learned beside the codes (Genie, Jeon et al. 2023).
@@ -50,9 +57,11 @@ class WeightQuantizer(abc.ABC):
     Attributes:
         variable: What the codes follow from, the shape of the weight; the optimizer sees it.
         scale: The scale of every channel, or of the tensor.
+        stiffness: Second derivative of the loss along the variable, of its shape; 0 until somebody sets it.
     """
 
     variable: Tensor
+    stiffness: Tensor
 
     def __init__(self, weight: FloatArray, quantizer: TensorQuantizer, device: torch.device) -> None:
         spec = quantizer.spec
@@ -61,6 +70,7 @@ class WeightQuantizer(abc.ABC):
         self._shape = [1] * weight.ndim
         if spec.axis is not None:
             self._shape[spec.axis] = -1
+        self.stiffness = torch.zeros((), device=device)
         self.scale = LearnedScale(quantizer, device)
 
     @abc.abstractmethod
@@ -73,7 +83,7 @@ class WeightQuantizer(abc.ABC):
 
     @abc.abstractmethod
     def regulariser(self, beta: float) -> Tensor:
-        """How far the codes are from a decision, () float32; ``beta`` >= 2 is the exponent."""
+        """What the loss gets for codes that are far from a decision, () float32; ``beta`` >= 2 is an exponent."""
 
     def simulate(self, *, hard: bool) -> Tensor:
         """The weight that the layer computes with; ``hard`` takes the final levels."""
@@ -146,8 +156,9 @@ class FreeRounding(WeightQuantizer):
         return latent + (self.levels() - latent).detach()
 
     def regulariser(self, beta: float) -> Tensor:
-        """Nothing: every step sees rounded weights."""
-        return torch.zeros((), device=self.variable.device)
+        """The springs: ``sum of h (u - c)^2 / 2``."""
+        del beta
+        return 0.5 * (self.stiffness * (self.variable - self.levels() / self._unit).square()).sum()
 
 
 def weight_quantizer(

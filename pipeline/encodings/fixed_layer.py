@@ -112,6 +112,8 @@ def fixed_layer(entry: WeightEntry, plan: QuantPlan) -> FixedLayer:
         raise NoFixedFormError("its input is transposed")
     if source is None or source.spec.bits > 8:
         raise NoFixedFormError("its input has no codes of at most 8 bits")
+    if source.adaptive is not None:
+        raise NoFixedFormError("its input has a step per sample")
     if not quantizer.spec.signed or quantizer.zero_point.any():
         raise NoFixedFormError("its weight has unsigned codes or a zero point")
     output, low, high = _output(node, plan)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from postquant.pipeline.tensor_statistics import OutlineNode
 
-_BOOKS = {"post": "POST", "lut": "table", "border": "border"}
+_BOOKS = {"post": "POST", "lut": "table", "border": "border", "adaptive": "adaptive"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,7 +135,7 @@ def test_the_setting(narrow: Any, cases: Any, tmp_path: pathlib.Path) -> None:
     rng = np.random.default_rng(5)
     feeds = [{"image": rng.normal(size=(1, 3, 16, 16)).astype(np.float32)} for _ in range(8)]
     found = {}
-    for border in Border:
+    for border in (Border.AUTO, Border.ON, Border.OFF):
         config = QuantConfig(abits=4, first_last_bits=None, border=border, method=Method.MSE, verify_samples=2)
         result = quantize(proto, feeds, config)
         stages = {stage.name: stage for stage in result.report.stages}

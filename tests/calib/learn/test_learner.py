@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +16,7 @@ from postquant.calib.learn.block_cache import BlockCache
 from postquant.calib.learn.block_quantizers import BlockQuantizers
 from postquant.calib.learn.executor import constant_values, run_nodes
 from postquant.calib.learn.learner import LearnedBlock, Learner
-from postquant.calib.learn.recipe import Recipe, Rounding
+from postquant.calib.learn.recipe import Borders, Recipe, Rounding
 from postquant.calib.observers import MinMax
 from postquant.calib.open_source import open_source
 from postquant.calib.ranges import method_ranges
@@ -27,6 +28,7 @@ from postquant.passes.place import PlacementSettings, place
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import make_session
 from postquant.passes.target import load_target
+from postquant.runtime_ops.code_book import CodeBook, post_table
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 CPU = torch.device("cpu")
@@ -47,6 +49,11 @@ NETWORK = """
       [head] y = Gemm <alpha = 0.5, beta = 2.0> (f, w3, b3)
     }
 """
+ROUNDINGS: list[dict[str, Any]] = [
+    {"borders": Borders.OWN},
+    {"borders": Borders.NEIGHBOURS},
+    {"adaptive": 6},
+]
 RECIPE = Recipe(iterations=40, batch=16, rounding_rate=1e-2, bias_rate=1e-2)
 
 
@@ -116,10 +123,13 @@ def test_learning_lowers_the_error_of_the_emitted_model(case: Case, tmp_path: pa
     assert [block.reason for block in edges] == ["nothing in it has fewer than 8 bits"] * 2
 
 
-def test_what_is_learned_is_what_onnxruntime_computes(case: Case, tmp_path: pathlib.Path) -> None:
-    plan = case.learn(tmp_path)[0][-1]
+@pytest.mark.parametrize("more", [{}, *ROUNDINGS])
+def test_what_is_learned_is_what_onnxruntime_computes(case: Case, tmp_path: pathlib.Path, more: dict[str, Any]) -> None:
+    plan = case.learn(tmp_path, dataclasses.replace(RECIPE, **more))[0][-1]
+    ours = [e for e in plan.requants.values() if isinstance(e, TensorQuantizer) and (e.border or e.adaptive)]
+    assert len(ours) == (2 if more else 0)
     nodes = list(case.model.graph)
-    quantizers = BlockQuantizers(case.model, plan, nodes, frozenset(), Rounding.FREE, CPU)
+    quantizers = BlockQuantizers(case.model, plan, nodes, frozenset(), RECIPE, CPU)
     values = {**constant_values(nodes), "x": torch.from_numpy(np.concatenate([s["x"] for s in case.source]))}
     run_nodes(nodes, values, quantizers.unlearned())
     step = np.abs(_outputs(case, case.plan) - _outputs(case, None)).mean()
@@ -129,10 +139,11 @@ def test_what_is_learned_is_what_onnxruntime_computes(case: Case, tmp_path: path
     assert difference.mean() < 0.02 * step
 
 
+@pytest.mark.parametrize("more", [{}, *ROUNDINGS])
 def test_learning_again_gives_the_same_bytes_and_goes_on_behind_finished_blocks(
-    case: Case, tmp_path: pathlib.Path
+    case: Case, tmp_path: pathlib.Path, more: dict[str, Any]
 ) -> None:
-    recipe = dataclasses.replace(RECIPE, iterations=20, keep=0.5)
+    recipe = dataclasses.replace(RECIPE, iterations=20, keep=0.5, **more)
     plans, found = case.learn(tmp_path, recipe)
     again = case.learn(tmp_path, recipe)[0]
     rest = case.learn(tmp_path, recipe, plans[0], found[:1])[0]
@@ -162,7 +173,7 @@ def test_a_block_that_other_codes_make_worse_is_learned_with_the_codes_that_it_h
     plans, found = case.learn(tmp_path, recipe)
     block = next(block for block in found if block.layers == ("conv1", "conv2"))
     assert block.kept
-    assert block.iterations == 15
+    assert block.iterations == 3 + 5  # the first try is judged after a quarter of its steps, and is hopeless
     for weight in ("w1", "w2"):
         before, after = case.plan.weights[weight], plans[-1].weights[weight]
         assert isinstance(before, TensorQuantizer)
@@ -174,11 +185,51 @@ def test_a_block_that_other_codes_make_worse_is_learned_with_the_codes_that_it_h
         assert not np.array_equal(before.scale, after.scale)
 
 
+@pytest.mark.parametrize("rounding", list(Rounding))
+@pytest.mark.parametrize("book", [CodeBook.POST, CodeBook.LEARNED])
+def test_codes_move_between_the_levels_of_a_table(
+    case: Case, tmp_path: pathlib.Path, rounding: Rounding, book: CodeBook
+) -> None:
+    table = post_table(2) if book is CodeBook.POST else np.array([-120, -50, 11, 90], np.int8)
+    plan = case.plan
+    for name in ("w1", "w2"):
+        entry = plan.weights[name]
+        value = case.model.graph.initializers[name].const_value
+        assert isinstance(entry, TensorQuantizer)
+        assert value is not None
+        spec = dataclasses.replace(entry.spec, bits=2, code_book=book, narrow=False)
+        scale = np.abs(value.numpy()).max(axis=(1, 2, 3)) / np.float32(np.abs(table.astype(np.int32)).max())
+        zeros = np.zeros(len(scale), np.int32)
+        plan = plan.with_weight(name, TensorQuantizer(spec, scale.astype(np.float32), zeros, table=table))
+    # The variable between neighbours is a logit, and needs longer steps than the latent weight.
+    rate = 0.1 if rounding is Rounding.NEIGHBOURS else 2e-2
+    recipe = dataclasses.replace(RECIPE, iterations=80, rounding=rounding, rounding_rate=rate)
+    plans, found = case.learn(tmp_path, recipe, plan)
+    assert next(block for block in found if block.layers == ("conv1", "conv2")).kept
+    exact = _outputs(case, None)
+    before, after = (np.square(_outputs(case, one) - exact).mean() for one in (plan, plans[-1]))
+    assert after < before
+    for name in ("w1", "w2"):
+        start, end = plan.weights[name], plans[-1].weights[name]
+        value = case.model.graph.initializers[name].const_value
+        assert isinstance(start, TensorQuantizer)
+        assert isinstance(end, TensorQuantizer)
+        assert end.codes is not None
+        assert value is not None
+        old = start.quantize(value.numpy())
+        assert np.isin(end.codes, table).all()
+        assert 0 < (end.codes != old).mean() < 0.5
+        if rounding is Rounding.NEIGHBOURS:  # no further than to the next level of the table
+            levels = np.unique(table)
+            assert np.abs(np.searchsorted(levels, end.codes) - np.searchsorted(levels, old)).max() == 1
+        assert (end.scale != start.scale).any()
+
+
 def test_steps_are_learned_by_their_first_reader(case: Case) -> None:
     nodes = [node for node in case.model.graph if node.name in ("conv1", "relu1", "conv2", "sum", "relu2")]
-    quantizers = BlockQuantizers(case.model, case.plan, nodes, frozenset(), Rounding.FREE, CPU)
+    quantizers = BlockQuantizers(case.model, case.plan, nodes, frozenset(), RECIPE, CPU)
     assert list(quantizers.steps) == ["conv1:0", "r1"]
-    decided = BlockQuantizers(case.model, case.plan, nodes, frozenset({"r1"}), Rounding.FREE, CPU)
+    decided = BlockQuantizers(case.model, case.plan, nodes, frozenset({"r1"}), RECIPE, CPU)
     assert list(decided.steps) == ["conv1:0"]
     widths = {
         key: entry.spec.bits for key, entry in case.plan.activations.items() if isinstance(entry, TensorQuantizer)

@@ -113,6 +113,8 @@ def test_clip_with_attributes(same_as_onnxruntime: Same, attributes: dict[str, f
 def test_clip_with_inputs(same_as_onnxruntime: Same, low: float | None, high: float | None) -> None:
     bounds = [None if bound is None else np.array(bound, np.float32) for bound in (low, high)]
     same_as_onnxruntime("Clip", [normal(60), *bounds], fed=1)
+    whole = [None if bound is None else np.array(bound, np.int32) for bound in (low, high)]
+    same_as_onnxruntime("Clip", [np.arange(-9, 9, dtype=np.int32), *whole], fed=1)
 
 
 @pytest.mark.parametrize("to", [onnx.TensorProto.INT64, onnx.TensorProto.BOOL, onnx.TensorProto.FLOAT])

@@ -1,0 +1,178 @@
+"""What each part of learning gives, step by step.
+
+    python bench/ablation_learning.py [--model resnet20] [--widths w4a4,w3a3,w2a4,w2a2] [--seeds 0,1,2]
+        [--iterations 1000] [--samples 512] [--rows NAME,...] [--limit N] [--speed] [--json FILE] [--markdown]
+
+A model is calibrated once per width, and every learned row starts from the same plan: EasyQuant with compensated
+rounding and corrected biases, without code books. Blocks are learned as ``postquant quantize --learn`` learns them, in
+as many steps as asked for, and without the whole network at the end. Task metric and SQNR against the float model are
+those of evaluation data, on onnxruntime and the written file; ``--speed`` times one sample without and with the
+library of native operators. Rows:
+
+    nearest      scales by the least squared error, nearest codes
+    bias         + corrected biases
+    start        EasyQuant with compensated rounding
+    rounding     start + codes of weights and steps of activations
+    scales       + biases and scales of weights
+    own          + rounding borders that see their own value
+    neighbours   + rounding borders that see their neighbours as well
+    adaptive     scales + steps for every sample, without borders
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+import unittest.mock
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from border import times
+from cases import CASES, Case, require_data
+from feeds import feeds
+from lines import add_output_options, write_lines
+from process import evaluate
+
+from postquant.calib.learn.block_cache import BlockCache
+from postquant.calib.learn.learner import Learner
+from postquant.calib.learn.recipe import Borders, Effort, Recipe, recipe_for
+from postquant.calib.work import forward_work
+from postquant.passes.biases import fit_biases
+from postquant.passes.emit import emit
+from postquant.passes.plan import QuantPlan
+from postquant.pipeline import stages
+from postquant.pipeline.api import quantize
+from postquant.pipeline.config import Border, QuantConfig, Weights
+from postquant.pipeline.inputs import open_calibration
+from postquant.pipeline.learning import ADAPTIVE_FEATURES, learning_blocks
+from postquant.pipeline.load import load_model, save_model
+from postquant.runtime_ops.library import library_path
+
+# Rows without learning: settings.
+PLAIN: dict[str, dict[str, Any]] = {
+    "nearest": {"method": "mse", "bias_correction": False},
+    "bias": {"method": "mse", "bias_correction": True},
+    "start": {},
+}
+# Rows with learning: what is changed in the recipe.
+LEARNED: dict[str, dict[str, Any]] = {
+    "rounding": {"bias_rate": 0.0, "weight_scale_rate": 0.0},
+    "scales": {},
+    "own": {"borders": Borders.OWN},
+    "neighbours": {"borders": Borders.NEIGHBOURS},
+    "adaptive": {"adaptive": int(ADAPTIVE_FEATURES)},
+}
+
+
+class Study:
+    """One model at one width."""
+
+    def __init__(self, case: Case, width: str, options: argparse.Namespace, folder: pathlib.Path) -> None:
+        self.case, self.options, self.folder = case, options, folder
+        wbits, abits = (int(part) for part in width.removeprefix("w").split("a"))
+        self.config = QuantConfig(wbits=wbits, abits=abits, weights=Weights.INT, border=Border.OFF)
+        self.data = list(feeds(case, options.samples))
+        self.plans: dict[str, tuple[ir.Model, QuantPlan]] = {}
+
+    def plan(self, row: str) -> tuple[ir.Model, QuantPlan]:
+        """The float model as it was when its plan was emitted, and that plan."""
+        if row in self.plans:
+            return self.plans[row]
+        seen: list[tuple[ir.Model, QuantPlan]] = []
+
+        def watch(model: ir.Model, plan: QuantPlan, **options: Any) -> ir.Model:
+            seen.append((model, plan))
+            return emit(model, plan, **options)
+
+        with unittest.mock.patch.object(stages, "emit", watch):
+            quantize(self.case.path, self.data, dataclasses.replace(self.config, **PLAIN[row]))
+        self.plans[row] = seen[-1]
+        return seen[-1]
+
+    def learned(self, row: str, seed: int) -> tuple[ir.Model, QuantPlan]:
+        """The starting plan with learned blocks."""
+        model, plan = self.plan("start")
+        source = open_calibration(self.data, load_model(self.case.path), self.config)
+        recipe: Recipe = dataclasses.replace(
+            recipe_for(Effort.NORMAL, forward_work(model, source)), iterations=self.options.iterations, **LEARNED[row]
+        )
+        blocks = learning_blocks(model, plan)
+        with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
+            cache = BlockCache(model, blocks, source, temporary, memory=2 << 30)
+            learner = Learner(model, blocks, cache, recipe, seed=seed, device=torch.device("cpu"))
+            plan, _ = learner.run(plan, done=[], save=lambda *a: None, progress=lambda *a: None)
+        return model, plan
+
+    def line(self, row: str, seed: int) -> dict[str, Any]:
+        """One measurement."""
+        begun = time.process_time()
+        model, plan = self.plan(row) if row in PLAIN else self.learned(row, seed)
+        seconds = time.process_time() - begun
+        path = self.folder / "row.onnx"
+        save_model(emit(model, fit_biases(model, plan)), path)
+        found = evaluate(self.case, path, limit=self.options.limit, threads=1, reference=True, library=library_path())
+        kept = {key: found[key] for key in (self.case.metric, "sqnr_db", "error") if key in found}
+        kept["cpu_s"] = round(seconds, 1)
+        if self.options.speed:
+            kept["ms"] = {str(native): round(times(path, self.data[0], native=native), 2) for native in (False, True)}
+        return kept
+
+
+def lines(options: argparse.Namespace, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Every measurement that the options ask for."""
+    case = next(case for case in CASES if case.name == options.model)
+    for width in options.widths:
+        study = Study(case, width, options, folder)
+        for row in options.rows:
+            for seed in options.seeds[:1] if row in PLAIN else options.seeds:
+                yield {"model": case.name, "setting": width, "row": row, "seed": seed, **study.line(row, seed)}
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """The table of docs/learning.md: task metric and SQNR, means over seeds, a column per width."""
+    metric = {case.name: case.metric for case in CASES}
+    widths = list(dict.fromkeys(line["setting"] for line in results))
+    table = [f"| | {' | '.join(widths)} |", "|---|" + "---:|" * len(widths)]
+    for row in dict.fromkeys(line["row"] for line in results):
+        cells = []
+        for width in widths:
+            found = [line for line in results if (line["setting"], line["row"]) == (width, row) and "error" not in line]
+            values = [100 * line[metric[line["model"]]] for line in found]
+            noise = [line["sqnr_db"] for line in found]
+            cells.append(f"{statistics.mean(values):.1f} / {statistics.mean(noise):.2f} dB" if found else "")
+        table.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def main() -> int:
+    """Runs the measurements; 1 if one of them failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    rows = [*PLAIN, *LEARNED]
+    models = [case.name for case in CASES if case.metric == "top1"]
+    parser.add_argument("--model", choices=models, default="resnet20")
+    parser.add_argument("--widths", type=lambda text: text.split(","), default=["w4a4", "w3a3", "w2a4", "w2a2"])
+    parser.add_argument("--rows", type=lambda text: text.split(","), default=rows)
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--iterations", type=int, default=1000, help="steps per block")
+    parser.add_argument("--samples", type=int, default=512, help="calibration samples")
+    parser.add_argument("--limit", type=int, help="evaluate this many samples only")
+    parser.add_argument("--speed", action="store_true", help="time one sample on one thread")
+    add_output_options(parser)
+    options = parser.parse_args()
+    unknown = set(options.rows) - set(rows)
+    if unknown:
+        parser.error(f"no such row: {', '.join(sorted(unknown))}")
+    require_data()
+    with tempfile.TemporaryDirectory() as folder:
+        return write_lines(lines(options, pathlib.Path(folder)), options, markdown)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

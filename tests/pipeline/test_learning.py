@@ -1,0 +1,56 @@
+"""Which layers share a block where widths differ."""
+
+import dataclasses
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import pytest
+
+from postquant.passes.place import PlacementSettings, place
+from postquant.passes.plan import QuantPlan
+from postquant.passes.target import load_target
+from postquant.pipeline.learning import learning_blocks
+from postquant.runtime_ops.quantizer import TensorQuantizer
+from postquant.runtime_ops.spec import QuantSpec
+
+CHAIN = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    chain (float[N, 4] x) => (float[N, 4] y)
+    <float[4, 4] w0, float[4, 4] w1, float[4, 4] w2, float[4, 4] w3> {
+      [first] a = MatMul (x, w0)
+      [second] b = MatMul (a, w1)
+      [third] c = MatMul (b, w2)
+      [fourth] y = MatMul (c, w3)
+    }
+"""
+
+
+def _decided(bits: list[int]) -> tuple[ir.Model, QuantPlan]:
+    proto = onnx.parser.parse_model(CHAIN)
+    for index in range(4):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.eye(4, dtype=np.float32), f"w{index}"))
+    model = ir.from_proto(proto)
+    plan = place(model, load_target("onnxruntime"), PlacementSettings(wbits=4, abits=4))
+    weights: dict[str, TensorQuantizer] = {}
+    for index, width in enumerate(bits):
+        spec = QuantSpec(width, signed=True, symmetric=True, axis=1)
+        weights[f"w{index}"] = TensorQuantizer(spec, np.ones(4, np.float32), np.zeros(4, np.int32))
+    return model, dataclasses.replace(plan, weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("bits", "blocks"),
+    [
+        ([8, 4, 4, 8], [["first"], ["second", "third"], ["fourth"]]),
+        ([8, 4, 3, 8], [["first"], ["second", "third"], ["fourth"]]),
+        ([8, 8, 3, 4], [["first"], ["second"], ["third", "fourth"]]),
+    ],
+)
+def test_only_layers_of_8_bits_are_alone(bits: list[int], blocks: list[list[str]]) -> None:
+    assert [list(block.layers) for block in learning_blocks(*_decided(bits))] == blocks
+
+
+def test_where_all_layers_have_8_bits_they_share_blocks() -> None:
+    assert max(len(block.layers) for block in learning_blocks(*_decided([8, 8, 8, 8]))) > 1

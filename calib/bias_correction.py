@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from postquant.calib.layers import Layer, layers_of
+from postquant.passes.free_memory import release_tensor
 from postquant.passes.plan import QuantPlan
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
@@ -63,6 +64,5 @@ def correct_biases(model: ir.Model, plan: QuantPlan, means: Mapping[str, FloatAr
         array = weight.numpy().astype(np.float32, copy=False)
         biases[layer.bias] = corrected_bias(layer, array, bias.numpy(), entry, means[layer.name])
         del array
-        if isinstance(weight, ir.ExternalTensor):
-            weight.release()
+        release_tensor(weight)
     return dataclasses.replace(plan, biases=biases)

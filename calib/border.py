@@ -23,6 +23,7 @@ from postquant.calib.prefix import spaced
 from postquant.calib.source import CalibrationSource
 from postquant.calib.trial import Outcome, Trial
 from postquant.passes.border_plan import BorderSite, border_sites, with_border
+from postquant.passes.free_memory import release_tensor
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import make_session
 from postquant.runtime_ops.quantizer import TensorQuantizer
@@ -160,8 +161,7 @@ def borders_of(
         assert tensor is not None
         terms = dataclasses.replace(options.terms, density=density[site.key])
         found = border_of(layer, entry.simulate(tensor.numpy().astype(np.float32, copy=False)), terms)
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.release()
+        release_tensor(tensor)
         if found is not None and found.gain >= options.least_gain:
             result[layer.name] = found
     return result

@@ -32,6 +32,7 @@ from postquant.calib.statistics import TensorStatistics
 from postquant.calib.trial import Outcome, Trial
 from postquant.calib.weight_search import SearchOptions
 from postquant.calib.weight_widths import WeightWidth, float_moments, weights_at_widths
+from postquant.passes.free_memory import release_tensor
 from postquant.passes.plan import Entry, QuantPlan
 from postquant.passes.session import make_session
 from postquant.runtime_ops.quantizer import TensorQuantizer
@@ -310,5 +311,4 @@ def _float_weight(model: ir.Model, layer: Layer) -> npt.NDArray[np.float32]:
 
 def _release(model: ir.Model, layer: Layer) -> None:
     tensor = model.graph.initializers[layer.weight].const_value
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
+    release_tensor(tensor)

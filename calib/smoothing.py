@@ -31,6 +31,7 @@ from postquant.calib.channel_statistics import ChannelStatistics
 from postquant.calib.layers import Layer
 from postquant.calib.prefix import spaced
 from postquant.calib.source import CalibrationSource
+from postquant.passes.free_memory import release_tensor
 from postquant.passes.session import make_session
 from postquant.passes.smooth import SmoothGroup
 from postquant.runtime_ops.quantizer import SMALLEST_SCALE, TensorQuantizer
@@ -187,8 +188,7 @@ def _read(node: ir.Node, rows: FloatArray, wbits: int, columns: int) -> _Reader:
     largest = np.maximum(matrix.max(axis=1), -matrix.min(axis=1)).astype(np.float64)
     weight = np.ascontiguousarray(matrix[:, spaced(matrix.shape[1], columns)], np.float32)
     del matrix
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
+    release_tensor(tensor)
     target = rows @ weight
     energy = np.einsum("pm,pm->p", target, target, dtype=np.float64)
     importance = 1.0 / np.maximum(energy + np.median(energy), 1e-30) / max(len(rows), 1)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from postquant.passes.free_memory import release_tensor
 from postquant.passes.plan import QuantPlan
 from postquant.runtime_ops.quantizer import SMALLEST_SCALE, TensorQuantizer
 from postquant.runtime_ops.spec import QuantSpec
@@ -63,8 +64,7 @@ def start_weights(model: ir.Model, plan: QuantPlan, *, p: float | None = None) -
         # u8 weights (the constant left factor of a MatMul) have their zero point in the middle: no Lp search there.
         weights[name] = least_error(entry, weight, p) if p is not None and entry.signed else max_abs(entry, weight)
         del weight
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.release()
+        release_tensor(tensor)
     return dataclasses.replace(plan, weights=weights)
 
 

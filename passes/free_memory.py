@@ -26,6 +26,13 @@ def give_back_memory() -> None:
         trim(0)
 
 
+def release_tensor(tensor: ir.TensorProtocol | None) -> None:
+    """Lets go of the pages of a tensor that lies in a file; it is mapped again when it is read again."""
+    if isinstance(tensor, ir.ExternalTensor):
+        with contextlib.suppress(BufferError):  # somebody else still reads it
+            tensor.release()
+
+
 def release_weights(model: ir.Model, names: Iterable[str] | None = None) -> None:
     """Lets go of the pages of weights that lie in files; who needs them again reads them again.
 
@@ -34,9 +41,7 @@ def release_weights(model: ir.Model, names: Iterable[str] | None = None) -> None
         names: Initializers; all of them when None.
     """
     for name in model.graph.initializers if names is None else names:
-        tensor = model.graph.initializers[name].const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.release()
+        release_tensor(model.graph.initializers[name].const_value)
 
 
 @contextlib.contextmanager

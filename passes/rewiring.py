@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from postquant.passes.free_memory import release_tensor
+
 Array = npt.NDArray[np.generic]
 
 # A derived tensor of at least this size whose source lies in a file is computed when it is read, each time.
@@ -110,8 +112,8 @@ def derive(
     def evaluate() -> ir.TensorProtocol:
         mapped = isinstance(source, ir.ExternalTensor) and source.raw is None
         result = compute(source.numpy().astype(np.float64))
-        if mapped and isinstance(source, ir.ExternalTensor):
-            source.release()  # nobody else reads it now: its pages need not stay
+        if mapped:
+            release_tensor(source)  # nobody else reads it now: its pages need not stay
         return ir.Tensor(np.ascontiguousarray(result, dtype=dtype.numpy()), dtype=dtype)
 
     if isinstance(source, ir.ExternalTensor | ir.LazyTensor) and source.nbytes >= _LAZY_BYTES:

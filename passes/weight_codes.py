@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from postquant.passes.free_memory import release_tensor
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 _PART = 1 << 22  # elements that are quantized at a time
@@ -38,8 +39,8 @@ def weight_codes(weight: ir.TensorProtocol, quantizer: TensorQuantizer) -> npt.N
         return held[1]
     mapped = isinstance(weight, ir.ExternalTensor) and weight.raw is None
     codes = _quantize_in_parts(weight.numpy(), quantizer)
-    if mapped and isinstance(weight, ir.ExternalTensor):
-        weight.release()  # its pages need not stay: the file is still there
+    if mapped:
+        release_tensor(weight)  # its pages need not stay: the file is still there
     if codes.nbytes + sum(other.nbytes for _, other in _cache.values()) <= _CACHED_BYTES:
         codes.flags.writeable = False
         _cache[quantizer] = (weight, codes)

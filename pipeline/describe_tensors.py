@@ -16,9 +16,9 @@ from postquant.calib.prefix import spaced
 from postquant.calib.source import CalibrationSource, SubsetSource
 from postquant.calib.statistics import Bounds, TensorStatistics
 from postquant.passes import semantics
+from postquant.passes.free_memory import release_tensor
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import make_session
-from postquant.pipeline.qdq_structure import release
 from postquant.pipeline.tensor_statistics import GridStatistics, TensorStatistic, ValueHistogram
 from postquant.runtime_ops.law import along_axis
 from postquant.runtime_ops.law_border import RESIDUAL_UNITS
@@ -203,7 +203,7 @@ def _weights(model: ir.Model, plan: QuantPlan) -> list[TensorStatistic]:
                 moved=moved,
             )
         )
-        release(value.const_value)
+        release_tensor(value.const_value)
     return found
 
 

@@ -17,9 +17,10 @@ from postquant.passes import biases, semantics
 from postquant.passes.adaptive_nodes import ADAPTIVE, adaptive_differences, is_adaptive
 from postquant.passes.barriers import is_barrier
 from postquant.passes.border_nodes import BORDER, is_border
+from postquant.passes.free_memory import release_tensor
 from postquant.passes.plan import QuantPlan
 from postquant.passes.weight_codes import weight_codes
-from postquant.pipeline.qdq_structure import Reading, array_of, reading, release
+from postquant.pipeline.qdq_structure import Reading, array_of, reading
 from postquant.runtime_ops.integer import Affine
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
@@ -209,8 +210,8 @@ def _weight(
         yield Difference(where, f"channel axis: expected {expected.axis}, found {found.numbers.axis}")
     assert value.const_value is not None
     yield from _same_codes(where, weight_codes(value.const_value, quantizer), found.constant)
-    release(value.const_value)
-    release(found.constant)
+    release_tensor(value.const_value)
+    release_tensor(found.constant)
 
 
 def _bias(

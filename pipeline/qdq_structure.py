@@ -6,7 +6,6 @@ reading is independent of how the model was written.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import Any
 
@@ -126,10 +125,3 @@ def _numbers(node: ir.Node, codes: ir.Value) -> Affine:
     elif scale.ndim:
         scale, zero = scale.reshape(()), zero.reshape(())
     return Affine(scale, zero, dtype, axis)
-
-
-def release(tensor: ir.TensorProtocol | None) -> None:
-    """Gives back the mapped pages of a tensor that lies in a file; it is mapped again when it is read again."""
-    if isinstance(tensor, ir.ExternalTensor):
-        with contextlib.suppress(BufferError):  # somebody else still reads it
-            tensor.release()

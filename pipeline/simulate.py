@@ -17,12 +17,13 @@ import onnx_ir as ir
 
 from postquant.passes import biases, semantics
 from postquant.passes.barriers import rounds_bias
+from postquant.passes.free_memory import release_tensor
 from postquant.passes.lut_expansion import is_exact_post
 from postquant.passes.plan import QuantPlan
 from postquant.passes.weight_codes import weight_codes
 from postquant.pipeline.kernels import OptimizedGraph
 from postquant.pipeline.plan_check import bias_numbers, input_quantizer, integer_codes, weight_numbers
-from postquant.pipeline.qdq_structure import reading, release
+from postquant.pipeline.qdq_structure import reading
 from postquant.pipeline.stored import Stored, biased_product, find_stored, moved_float
 from postquant.runtime_ops.integer import Affine, Prediction, quantized
 from postquant.runtime_ops.kernel_laws import Operand, predict
@@ -107,7 +108,7 @@ class Simulation:
         law = self._law(tensor, arrays, out, optimized)
         for node in (tensor.node, biased_product(tensor.node)):
             for value in () if node is None else node.inputs:
-                release(None if value is None else value.const_value)
+                release_tensor(None if value is None else value.const_value)
         return law
 
     def limited(self, tensor: Stored, law: Prediction) -> Prediction:

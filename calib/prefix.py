@@ -119,7 +119,7 @@ class Prefix:
         cuts: list[tuple[str, ...]] = [(), ()]
         if decided is not None:
             names, asked = list(decided), list(kept)
-            cuts = [_frontier(model, names, side.start, asked) for model, side in plans]
+            cuts = [frontier(model, names, side.start, asked) for model, side in plans]
             layers = _layers_behind(self._model, self._float.start, names)
             if layers < _MIN_LAYERS or not all(cuts):
                 cuts = [(), ()]
@@ -132,7 +132,7 @@ class Prefix:
                 model,
                 inputs=side.start,
                 outputs=list(dict.fromkeys((*outputs, *cut))),
-                dtypes=_dtypes(model, side.start),
+                dtypes=inner_dtypes(model, side.start),
                 threads=self._threads,
             )
             for (model, side), cut, outputs in zip(plans, cuts, asked_of, strict=True)
@@ -205,7 +205,7 @@ def spaced(count: int, limit: int | None, *, between: bool = False) -> list[int]
     return [(i * count + (count // 2 if between else 0)) // limit for i in range(limit)]
 
 
-def _frontier(
+def frontier(
     model: ir.Model, tensors: Sequence[str], start: Sequence[str] | None, kept: Sequence[str]
 ) -> tuple[str, ...]:
     """Values that lie between the nodes that make ``tensors`` and the nodes still to come, and those of ``kept``.
@@ -288,7 +288,7 @@ def _layers_behind(model: ir.Model, start: Sequence[str] | None, tensors: Sequen
     return sum(node.op_type in _WEIGHTED for node in new)
 
 
-def _dtypes(model: ir.Model, names: Sequence[str] | None) -> dict[str, ir.DataType]:
+def inner_dtypes(model: ir.Model, names: Sequence[str] | None) -> dict[str, ir.DataType]:
     """Element types of code tensors at a cut."""
     result = {}
     for node in model.graph:

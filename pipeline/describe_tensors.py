@@ -203,6 +203,7 @@ def _weights(model: ir.Model, plan: QuantPlan) -> list[TensorStatistic]:
                 moved=moved,
             )
         )
+        del weight  # a view of what is let go
         release_tensor(value.const_value)
     return found
 

@@ -6,13 +6,14 @@ import dataclasses
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from postquant.calib.prefix import frontier, inner_dtypes
 from postquant.passes.session import Session, make_session
 from postquant.passes.subgraph import values_by_name
 from postquant.pipeline.chunks import chunked, element_counts
@@ -68,17 +69,17 @@ def stored_tensor_quality(
         return ()
     counts = element_counts(float_model, list(tensors), samples[0], threads=threads)
     meters = {name: SimilarityMeter() for name in tensors}
-    for chunk in chunked(list(tensors), counts, 5):
+    floats = _FloatChunks(float_model, samples, threads)
+    chunks = list(chunked(list(tensors), counts, 5))
+    for number, chunk in enumerate(chunks):
         codes = {name: tensors[name].codes for name in chunk}
         with tempfile.TemporaryFile(prefix="postquant-") as spool:
             # Sessions end at this chunk: what lies behind it is not computed. And there is one at a time: of a large
             # model, the weights of the float and of the quantized network would be in memory together.
-            session = float_session(float_model, chunk, threads=threads)
-            for feed in samples:
-                wanted = session.run(feed)
+            later = [name for other in chunks[number + 1 :] for name in other]
+            for wanted in floats.run(chunk, later):
                 for name in chunk:
                     np.save(spool, wanted[name], allow_pickle=False)
-            del session
             spool.seek(0)
             session = make_session(model, outputs=list(codes.values()), threads=threads)
             for feed in samples:
@@ -104,6 +105,40 @@ def stored_tensor_quality(
             )
         )
     return tuple(result)
+
+
+class _FloatChunks:
+    """Runs a float model chunk by chunk of its values; of a large one, each chunk starts where the last one ended."""
+
+    def __init__(self, model: ir.Model, samples: Sequence[Feed], threads: int) -> None:
+        self._model = model
+        self._threads = threads
+        self._large = weight_bytes(model) > _PREPACKED_BYTES
+        self._start: tuple[str, ...] | None = None
+        self._feeds = list(samples)
+
+    def run(self, names: Sequence[str], later: Sequence[str]) -> Iterator[Feed]:
+        """The values of each sample.
+
+        Args:
+            names: Values of the model.
+            later: Values that will be asked for after these.
+        """
+        cut = frontier(self._model, names, self._start, later) if self._large else ()
+        session = make_session(
+            self._model,
+            inputs=self._start,
+            outputs=list(dict.fromkeys((*names, *cut))),
+            dtypes=inner_dtypes(self._model, self._start),
+            threads=self._threads,
+            prepack=not self._large,
+        )
+        for index, feed in enumerate(self._feeds):
+            found = session.run(feed)
+            if cut:
+                self._feeds[index] = {name: found[name] for name in cut}
+            yield found
+        self._start = cut or self._start
 
 
 def float_session(model: ir.Model, outputs: Sequence[str] | None = None, *, threads: int = 1) -> Session:

@@ -42,7 +42,7 @@ from postquant.calib.weight_start import start_weights
 from postquant.passes.biases import fit_biases
 from postquant.passes.emit import emit
 from postquant.passes.equalize import EqualizePass
-from postquant.passes.free_memory import release_weights
+from postquant.passes.free_memory import give_back_memory, release_weights
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline.alignment import align_and_smooth
 from postquant.pipeline.allocation import Chosen, choose_bits, decide_bits, study
@@ -311,6 +311,7 @@ def _verify(
 ) -> Outcome:
     """Compares the emitted model on onnxruntime with the plan and with the float model."""
     job.progress.stage("verify")
+    release_weights(prepared.model)
     samples = verification_samples(job.source, job.config)
     verification = verify_model(
         model, emitted, plan, samples, strict=False, reference=prepared.model, tensor_samples=TENSOR_SAMPLES
@@ -334,7 +335,12 @@ def _verify(
         checks=verification.checks,
         notes=(*job.report.notes, *_unique(log.notes), *verification.notes),
     )
-    return Outcome(emitted, plan, report, describe(job, model, plan, log.tensor_effects), verification.failure)
+    statistics = describe(job, model, plan, log.tensor_effects)
+    # Writing the files takes memory of its own.
+    release_weights(model)
+    release_weights(prepared.model)
+    give_back_memory()
+    return Outcome(emitted, plan, report, statistics, verification.failure)
 
 
 def verification_samples(source: CalibrationSource, config: QuantConfig) -> CalibrationSource:

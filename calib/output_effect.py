@@ -29,8 +29,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from postquant.calib.effect_candidates import finalists, hopeful, indistinguishable, moved_ends, settled
 from postquant.calib.in_order import in_order
-from postquant.calib.observers import Range
 from postquant.calib.output_error import SampleError, combined_error, float_outputs
 from postquant.calib.prefix import spaced
 from postquant.calib.sample_front import SampleFront, Values
@@ -39,20 +39,12 @@ from postquant.passes.session import Session, make_session
 from postquant.passes.storage import reads_original
 from postquant.runtime_ops.errors import CalibrationError
 from postquant.runtime_ops.quantizer import TensorQuantizer
-from postquant.runtime_ops.spec import QuantSpec
 
 _SCALE, _ZERO, _LOW, _HIGH = "postquant_scale", "postquant_zero_point", "postquant_low", "postquant_high"
 _RESULT = "postquant_effect_value_2"
 
 # Effects below this part of the largest one so far need no finer choice.
 NEGLIGIBLE = 0.1
-# Candidates whose effect is so much larger than the best one's on half of the screening samples see no more of them.
-HOPELESS = 1.5
-# On fewer samples nothing is settled.
-_FEWEST = 8
-# What an end of a range is multiplied by.
-LOW_FACTORS = (0.35, 0.5, 0.7, 0.85)
-HIGH_FACTORS = (0.7, 0.85)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,94 +75,6 @@ class Choice:
     quantizer: TensorQuantizer
     candidate: str
     effect_db: float
-
-
-def candidate_quantizers(spec: QuantSpec, ranges: Mapping[str, Range]) -> dict[str, TensorQuantizer]:
-    """Quantizers for the observers' ranges, widths in between, and narrower ones; duplicates dropped.
-
-    Args:
-        spec: The format.
-        ranges: Observer name -> (low, high).
-    """
-    by_width = sorted(ranges.items(), key=lambda item: (item[1][1] - item[1][0], item[0]))
-    narrowest = by_width[0][1]
-    named: list[tuple[str, Range]] = [
-        (f"{by_width[0][0]} x {factor:g}", (narrowest[0] * factor, narrowest[1] * factor))
-        for factor in ((0.5, 0.65, 0.8, 0.9) if spec.bits < 7 else (0.9,))
-    ]
-    for (name, bounds), following in zip(by_width, [*by_width[1:], None], strict=True):
-        named.append((name, bounds))
-        if following is None:
-            continue
-        other_name, other = following
-        width, other_width = bounds[1] - bounds[0], other[1] - other[0]
-        steps = 0 if width <= 0 else min(round(math.log(other_width / width) / math.log(1.25)) - 1, 3)
-        for step in range(1, steps + 1):
-            t = step / (steps + 1)
-            between = (bounds[0] * (1 - t) + other[0] * t, bounds[1] * (1 - t) + other[1] * t)
-            named.append((f"{name} .. {other_name} {t:.2f}", between))
-    result: dict[str, TensorQuantizer] = {}
-    seen: list[tuple[float, int]] = []
-    for name, (low, high) in named:
-        quantizer = TensorQuantizer.from_range(spec, low, high)
-        scale, zero = float(quantizer.scale), int(quantizer.zero_point)
-        if all(abs(scale / s - 1) > 0.02 or abs(zero - z) > 2 for s, z in seen):
-            result[name] = quantizer
-            seen.append((scale, zero))
-    return result
-
-
-def _hopeful(effects: Mapping[str, float]) -> list[str]:
-    """Candidates that may still win, and the neighbours of the best.
-
-    Args:
-        effects: Name -> effect, from the widest range to the narrowest.
-    """
-    names = list(effects)
-    best = min(range(len(names)), key=lambda index: effects[names[index]])
-    limit = HOPELESS * effects[names[best]]
-    return [name for index, name in enumerate(names) if abs(index - best) <= 1 or effects[name] <= limit]
-
-
-def _settled(errors: Sequence[Sequence[SampleError]]) -> bool:
-    """Whether one candidate is better than each other one by three standard errors of the paired differences."""
-    best = min(errors, key=combined_error)
-    if len(best) < _FEWEST:
-        return len(errors) == 1
-    differences = [[o.relative - b.relative for o, b in zip(e, best, strict=True)] for e in errors if e is not best]
-    return all(np.mean(d) > 3 * np.std(d, ddof=1) / math.sqrt(len(d)) for d in differences)
-
-
-def _finalists(effects: Mapping[str, float], count: int) -> list[str]:
-    """The best candidates of the screening and, from two on, the next wider one than the best.
-
-    Args:
-        effects: Name -> effect, from the widest range to the narrowest.
-        count: How many.
-    """
-    names = list(effects)
-    ranked = sorted(names, key=effects.__getitem__)
-    wider = names[max(names.index(ranked[0]) - 1, 0)]
-    taken = list(dict.fromkeys([ranked[0], wider, *ranked]))[:count]
-    return [name for name in names if name in taken]
-
-
-def _indistinguishable(wider: Sequence[SampleError], best: Sequence[SampleError]) -> bool:
-    """Whether a candidate's mean error exceeds another's by at most one standard error of the paired differences."""
-    if len(best) < 2:
-        return False
-    differences = np.array([w.relative - b.relative for w, b in zip(wider, best, strict=True)])
-    return float(differences.mean()) <= float(differences.std(ddof=1)) / math.sqrt(len(best))
-
-
-def _moved_ends(name: str, quantizer: TensorQuantizer) -> dict[str, TensorQuantizer]:
-    """Quantizers whose range has one end moved inwards; none where the range has one sign only or is symmetric."""
-    low, high = (float(end) for end in quantizer.range())
-    if quantizer.spec.symmetric or not low < 0 < high:
-        return {}
-    ends = {f"low end x {f:g}": (low * f, high) for f in LOW_FACTORS}
-    ends |= {f"high end x {f:g}": (low, high * f) for f in HIGH_FACTORS}
-    return {f"{name}, {how}": TensorQuantizer.from_range(quantizer.spec, *range_) for how, range_ in ends.items()}
 
 
 class OutputEffect:
@@ -260,7 +164,7 @@ class OutputEffect:
         best, error = self._best(tensor, candidates, values, suffix)
         quantizer = candidates[best]
         if ends and error > NEGLIGIBLE * self._worst:
-            moved = {best: quantizer, **_moved_ends(best, quantizer)}
+            moved = {best: quantizer, **moved_ends(best, quantizer)}
             if len(moved) > 1:
                 best, error = self._best(tensor, moved, values, suffix)
                 quantizer = moved[best]
@@ -289,18 +193,18 @@ class OutputEffect:
 
         first, screening = -(-self._options.screening // 2), self._options.screening
         measure(self._order[:first])
-        alive = _hopeful({name: combined_error(errors[name]) for name in alive})
+        alive = hopeful({name: combined_error(errors[name]) for name in alive})
         measure(self._order[first:screening])
         effects = {name: combined_error(errors[name]) for name in alive}
         # A tensor that does a hundred times less harm than another one needs no finer choice.
         negligible = min(effects.values()) < NEGLIGIBLE * self._worst
-        alive = _finalists(effects, 1 if negligible else self._options.finalists)
+        alive = finalists(effects, 1 if negligible else self._options.finalists)
         for begin in range(screening, len(self._order), screening):
-            if _settled([errors[name] for name in alive]):
+            if settled([errors[name] for name in alive]):
                 break
             measure(self._order[begin : begin + screening])
         best = min(alive, key=lambda name: combined_error(errors[name]))
-        chosen = next(name for name in alive if name == best or _indistinguishable(errors[name], errors[best]))
+        chosen = next(name for name in alive if name == best or indistinguishable(errors[name], errors[best]))
         return chosen, combined_error(errors[chosen])
 
     def _error(

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx_ir as ir
 
 from postquant.calib.collect import collect, subsampling_note
+from postquant.calib.effect_candidates import candidate_quantizers
 from postquant.calib.lp_error import LpError
 from postquant.calib.methods import DEFAULT_METHODS
 from postquant.calib.observers import MinMax, RangeMethod, SampleMean, candidate_ranges
-from postquant.calib.output_effect import Choice, OutputEffect, candidate_quantizers
+from postquant.calib.output_effect import Choice, OutputEffect
 from postquant.calib.source import CalibrationSource
 from postquant.calib.statistics import Bounds, TensorStatistics
 from postquant.passes.plan import QuantPlan

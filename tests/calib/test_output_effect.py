@@ -9,10 +9,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from postquant.calib.effect_candidates import candidate_quantizers, hopeful, settled
 from postquant.calib.input_spec import input_specs
 from postquant.calib.observers import MinMax
 from postquant.calib.open_source import open_source
-from postquant.calib.output_effect import EffectOptions, OutputEffect, _hopeful, _settled, candidate_quantizers
+from postquant.calib.output_effect import EffectOptions, OutputEffect
 from postquant.calib.output_error import SampleError
 from postquant.calib.ranges import (
     alternatives,
@@ -211,8 +212,8 @@ def test_ranges_and_their_alternatives(model: ir.Model, source: CalibrationSourc
 
 def test_candidates_far_behind_are_dropped_but_not_the_neighbours() -> None:
     effects = {"a": 9.0, "b": 2.9, "c": 4.0, "d": 2.0, "e": 7.0, "f": 3.1}
-    assert _hopeful(effects) == ["b", "c", "d", "e"]
-    assert _hopeful({"only": 1.0}) == ["only"]
+    assert hopeful(effects) == ["b", "c", "d", "e"]
+    assert hopeful({"only": 1.0}) == ["only"]
 
 
 def test_a_choice_is_settled_when_chance_cannot_explain_it() -> None:
@@ -221,11 +222,11 @@ def test_a_choice_is_settled_when_chance_cannot_explain_it() -> None:
 
     noise = np.random.default_rng(0).uniform(0.9, 1.1, 12)
     best, close, far = errors(list(noise)), errors(list(noise[::-1] + 0.01)), errors(list(noise + 0.5))
-    assert _settled([far, best])
-    assert not _settled([close, best])
-    assert not _settled([far, best, close])
-    assert not _settled([far[:7], best[:7]])  # too few to tell
-    assert _settled([best[:4]])
+    assert settled([far, best])
+    assert not settled([close, best])
+    assert not settled([far, best, close])
+    assert not settled([far[:7], best[:7]])  # too few to tell
+    assert settled([best[:4]])
 
 
 def test_one_tensor_after_the_other(model: ir.Model, source: CalibrationSource) -> None:

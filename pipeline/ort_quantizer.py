@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy.typing as npt
+import onnx
 import onnxruntime
 import onnxruntime.quantization as ort_quantization
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -85,8 +86,11 @@ def quantize_with_onnxruntime(
     """
     with _silence(), tempfile.TemporaryDirectory() as folder:
         prepared = pathlib.Path(folder) / "prepared.onnx"
-        # Where its symbolic shape inference fails, it leaves files in the working directory; ONNX's own is enough.
-        quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
+        # Where its symbolic shape inference fails, it leaves files in the working directory; ONNX's own is enough. But
+        # without the symbolic one it loses external data.
+        whole = pathlib.Path(folder) / "float.onnx"
+        onnx.save_model(onnx.load(model), whole)
+        quant_pre_process(str(whole), str(prepared), skip_symbolic_shape=True)
         ort_quantization.quantize_static(
             str(prepared),
             str(result),

@@ -100,7 +100,7 @@ def allocate_bits(
     *,
     fixed_noise: float = 0.0,
     fixed_cost: float = 0.0,
-) -> Allocation | None:
+) -> Allocation:
     """The best widths.
 
     Args:
@@ -112,7 +112,7 @@ def allocate_bits(
         fixed_cost: Cost that no choice changes.
 
     Returns:
-        The allocation, or None where no choice keeps the limit.
+        The allocation; where nothing that was measured keeps the limit, the best of that, which is not `kept`.
     """
     names = list(options)
     tables = [list(options[name]) for name in names]
@@ -125,7 +125,10 @@ def allocate_bits(
         room = None if most_noise is None else max(most_noise - fixed_noise, 0.0)
         found = solve(tables, most_cost=most_cost, most_noise=room)
         if found is None:
-            if best is None and limit.sqnr_db is not None:
+            if limit.sqnr_db is None and (best is None or not best.kept):
+                # The formula may be wrong by little: the cheapest network is measured before the limit is given up.
+                found = [min(table, key=lambda option: option.cost) for table in tables]
+            elif best is None:
                 found = [min(table, key=lambda option: option.noise) for table in tables]
             else:
                 break
@@ -148,7 +151,8 @@ def allocate_bits(
         assert limit.cost is not None
         assert most_cost is not None
         if quick.cost > limit.cost and not again:
-            most_cost -= quick.cost - limit.cost
+            # Below the cost of this choice, not below the room that it left: else it could be chosen once more.
+            most_cost = sum(option.cost for option in found) - (quick.cost - limit.cost)
             continue
         wrong = abs(10 * math.log10(max(quick.noise, 1e-20) / max(predicted, 1e-20)))
         if again or repaired == _REPAIRS or wrong <= TRUSTED_DB:
@@ -158,6 +162,7 @@ def allocate_bits(
             for name, table, option in zip(names, tables, found, strict=True)
         ]
         repaired += 1
+    assert best is not None  # the first turn sets it
     return best
 
 

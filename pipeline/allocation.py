@@ -214,8 +214,9 @@ def choose_bits(job: Job, model: ir.Model, placed: Placed, sensitivity: Sensitiv
         fixed_noise=0.0 if budget.kind is BudgetKind.BITOPS else sensitivity.fixed,
         fixed_cost=fixed_cost,
     )
-    if found is None or not (found.kept or by_quality):
-        least = fixed_cost + sum(min(option.cost for option in table) for table in options.values())
+    if not (found.kept or by_quality):
+        narrowest = {name: min(table, key=lambda option: option.cost) for name, table in options.items()}
+        least = measure(narrowest).cost
         unit = "bit operations" if budget.kind is BudgetKind.BITOPS else "bytes"
         raise ConfigError(
             "no choice of bits keeps the budget",

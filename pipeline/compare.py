@@ -19,13 +19,15 @@ import onnx_ir as ir
 
 from postquant.passes.lut_expansion import with_qdq
 from postquant.passes.session import custom_operators, make_session
+from postquant.pipeline import output
 from postquant.pipeline.chunks import chunked, element_counts
+from postquant.pipeline.encodings.formats import MODEL_FILE
 from postquant.pipeline.load import load_model
 from postquant.pipeline.measure import SimilarityMeter, jsonable
 from postquant.pipeline.progress import NullProgress
 from postquant.pipeline.qdq_structure import Reading, reading
 from postquant.pipeline.quality import file_bytes, float_session
-from postquant.pipeline.report import OutputReport
+from postquant.pipeline.report import OutputReport, Report
 from postquant.pipeline.verify import output_report
 from postquant.runtime_ops.errors import CalibrationError, ModelError, VerificationError
 
@@ -40,6 +42,8 @@ _SUFFIXES = (
     "_dq",
 )
 _QDQ = frozenset({"QuantizeLinear", "DequantizeLinear"})
+# Stages of a result that multiply channels of inner values by factors, which the layers behind undo.
+_RESCALING = ("equalize", "smooth")
 
 Feed = Mapping[str, npt.NDArray[Any]]
 
@@ -146,7 +150,7 @@ def _compare(
 
     meters = {name: SimilarityMeter() for name in matches}
     ends = {name: SimilarityMeter() for name in outputs}
-    notes: list[str] = []
+    notes = _rescaled(*paths)
     for number, chunk in enumerate(chunks):
         own = outputs if number == 0 else {}
         reference = float_session(float_model, [*dict.fromkeys([*own, *chunk])], threads=threads)
@@ -190,6 +194,23 @@ def _add(meter: SimilarityMeter, name: str, wanted: npt.NDArray[Any], got: npt.N
     note = f"{name} has shape {list(wanted.shape)} in one model and {list(got.shape)} in the other: not compared"
     if note not in notes:
         notes.append(note)
+
+
+def _rescaled(fp32_path: pathlib.Path, quant_path: pathlib.Path) -> list[str]:
+    """What a reader must know where channels of a result have other factors than those of the float model."""
+    folder, scaled = quant_path.parent, quant_path.parent / "encodings" / MODEL_FILE
+    if quant_path.name not in (output.MODEL_FILE, output.QDQ_FILE) or fp32_path.resolve() == scaled.resolve():
+        return []
+    try:
+        report = Report.load(folder / output.REPORT_FILE)
+    except ModelError:
+        return []  # a file on its own
+    stages = [stage.name for stage in report.stages if stage.kept and stage.name.startswith(_RESCALING)]
+    if not stages:
+        return []
+    other = f"; compare with {scaled} to leave them out" if scaled.is_file() else ""
+    note = f"low values inside may be factors and not errors: {', '.join(stages)} multiplied channels"
+    return [f"{note}, which later layers undo, so that outputs are not touched{other}"]
 
 
 def _layer(name: str, match: _Match, meter: SimilarityMeter) -> LayerSimilarity:

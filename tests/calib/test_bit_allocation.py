@@ -44,7 +44,7 @@ class Network:
         self.measured += 1
         return Quick(self.outcome(choice), self.extra_cost + sum(option.cost for option in choice.values()))
 
-    def allocate(self, limit: Limit) -> Allocation | None:
+    def allocate(self, limit: Limit) -> Allocation:
         return allocate_bits(OPTIONS, limit, self.measure, self.outcome, fixed_noise=1e-6)
 
 
@@ -54,7 +54,6 @@ PLAIN = {"a": 1.0, "b": 1.0, "c": 1.0}
 def test_sums_that_are_right_are_measured_once() -> None:
     network = Network(PLAIN)
     found = network.allocate(Limit(cost=200.0))
-    assert found is not None
     assert {name: option.wbits for name, option in found.choice.items()} == {"a": 8, "b": 4, "c": 2}
     assert found.kept
     assert network.measured == 1
@@ -65,7 +64,6 @@ def test_sums_that_are_wrong_are_repaired() -> None:
     # In company "c" is two hundred times as bad as alone: it should have had the bits of "b".
     network = Network({"a": 1.0, "b": 0.05, "c": 200.0})
     found = network.allocate(Limit(cost=200.0))
-    assert found is not None
     assert found.repaired >= 1
     assert found.kept
     alone = Network(network.factors).measure(
@@ -77,7 +75,6 @@ def test_sums_that_are_wrong_are_repaired() -> None:
 def test_a_cost_that_a_formula_misses_is_kept_all_the_same() -> None:
     network = Network(PLAIN, extra_cost=40.0)
     found = network.allocate(Limit(cost=200.0))
-    assert found is not None
     assert found.kept
     assert found.quick.cost <= 200.0
 
@@ -85,7 +82,6 @@ def test_a_cost_that_a_formula_misses_is_kept_all_the_same() -> None:
 def test_sqnr_is_reached_at_the_smallest_cost() -> None:
     network = Network({"a": 4.0, "b": 4.0, "c": 4.0})
     found = network.allocate(Limit(sqnr_db=25.0))
-    assert found is not None
     assert found.kept
     assert found.quick.outcome.sqnr_db >= 25.0
     narrower = [
@@ -99,13 +95,29 @@ def test_sqnr_is_reached_at_the_smallest_cost() -> None:
 
 def test_sqnr_out_of_reach_gives_the_widest() -> None:
     found = Network(PLAIN).allocate(Limit(sqnr_db=90.0))
-    assert found is not None
     assert not found.kept
     assert {option.wbits for option in found.choice.values()} == {8}
 
 
+def test_a_choice_that_leaves_room_and_costs_more_than_the_formula_is_not_taken_again() -> None:
+    # The formula leaves 5 of 205 free and misses 10: room less by what is too much would let the same choice in.
+    network = Network(PLAIN, extra_cost=10.0)
+    found = network.allocate(Limit(cost=205.0))
+    assert found.kept
+    assert found.quick.cost <= 205.0
+
+
+def test_the_cheapest_is_measured_where_the_formula_says_that_nothing_fits() -> None:
+    # Every layer at 2 bits costs 100 by the formula, 70 in truth.
+    found = Network(PLAIN, extra_cost=-30.0).allocate(Limit(cost=80.0))
+    assert found.kept
+    assert {option.wbits for option in found.choice.values()} == {2}
+
+
 def test_cost_out_of_reach() -> None:
-    assert Network(PLAIN).allocate(Limit(cost=50.0)) is None
+    found = Network(PLAIN).allocate(Limit(cost=50.0))
+    assert not found.kept
+    assert found.quick.cost == 100.0
 
 
 def test_one_limit() -> None:

@@ -7,12 +7,16 @@ import pathlib
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from onnxruntime import quantization
 from rich.console import Console
 
 from postquant.pipeline import chunks
+from postquant.pipeline.api import quantize
 from postquant.pipeline.compare import compare_models, worst_layers
+from postquant.pipeline.config import Method, QuantConfig
 from postquant.pipeline.save import save_model
 from postquant.pipeline.tables import print_comparison
 from postquant.runtime_ops.errors import CalibrationError, ModelError
@@ -110,3 +114,35 @@ def test_the_table(cnn: Any, files: tuple[pathlib.Path, pathlib.Path]) -> None:
 def test_shapes_that_differ_are_said(cnn: Any, files: tuple[pathlib.Path, pathlib.Path]) -> None:
     batch = [{"image": np.zeros((n, 3, 16, 16), np.float32)} for n in (1, 4)]
     assert compare_models(*files, batch).notes == ()
+
+
+def test_factors_of_channels_are_said(tmp_path: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N,3,8,8] x) => (float[N,8,8,8] y) <float[8,3,1,1] w, float[8,1,3,3] d, float[8,8,1,1] p> {
+            [first] a = Conv (x, w)
+            b = Relu (a)
+            [depthwise] c = Conv <group = 8, pads = [1, 1, 1, 1]> (b, d)
+            r = Relu (c)
+            [last] y = Conv (r, p)
+        }"""
+    )
+    spread = np.logspace(-2, 1, 8)[:, None, None, None]
+    arrays = {"w": (8, 3, 1, 1), "d": (8, 1, 3, 3), "p": (8, 8, 1, 1)}
+    weights = {name: rng.normal(size=shape) for name, shape in arrays.items()}
+    weights["w"] *= spread
+    weights["p"] /= spread[:, 0][None]
+    model.graph.initializer.extend(numpy_helper.from_array(w.astype(np.float32), n) for n, w in weights.items())
+    onnx.save(model, tmp_path / "net.onnx")
+    samples = [{"x": rng.random((1, 3, 8, 8), np.float32)} for _ in range(4)]
+    quantize(tmp_path / "net.onnx", samples, QuantConfig(method=Method.MINMAX, equalize=True), out=tmp_path / "out")
+    quantized, scaled = tmp_path / "out" / "model.onnx", tmp_path / "out" / "encodings" / "model.float.onnx"
+    result = compare_models(tmp_path / "net.onnx", quantized, samples)
+    assert len(result.notes) == 1
+    assert "equalize depthwise inputs" in result.notes[0]
+    assert str(scaled) in result.notes[0]
+    alike = compare_models(scaled, quantized, samples)
+    assert alike.notes == ()
+    # What the note is about: errors are small, factors are not.
+    assert min(layer.sqnr_db for layer in result.layers) < 10 < 15 < min(layer.sqnr_db for layer in alike.layers)

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from postquant.calib.collect import collect
 from postquant.calib.histogram import Density, Histogram
 from postquant.calib.prefix import spaced
 from postquant.calib.source import CalibrationSource, SubsetSource
@@ -18,7 +17,7 @@ from postquant.calib.statistics import Bounds, TensorStatistics
 from postquant.passes import semantics
 from postquant.passes.free_memory import release_tensor
 from postquant.passes.plan import QuantPlan
-from postquant.passes.session import make_session
+from postquant.pipeline.quality import FloatChunks
 from postquant.pipeline.tensor_statistics import GridStatistics, TensorStatistic, ValueHistogram
 from postquant.runtime_ops.law import along_axis
 from postquant.runtime_ops.law_border import RESIDUAL_UNITS
@@ -29,6 +28,8 @@ from postquant.runtime_ops.rounding_border import RoundingBorder
 SAMPLES = 8
 # Values of a tensor and sample that enter its histogram.
 _ELEMENTS = 1 << 15
+# Tensors of a large model that are looked at in one go: neither all activations nor all weights are in memory then.
+_CHUNK = 64
 # Bins of a picture.
 _BINS = 128
 # Key of an activation's quantizer -> its bits, and SQNR in dB of the outputs with it alone.
@@ -129,9 +130,18 @@ def _observe(
 ) -> Mapping[str, TensorStatistics]:
     if not names or not len(samples):
         return {}
-    session = make_session(model, outputs=names, threads=threads)
-    bounds = {name: Bounds(*semantics.activation_bounds(model, name)) for name in names}
-    return collect(session.run, samples, names, max_elements_per_tensor=_ELEMENTS, bounds=bounds)
+    statistics = {
+        name: TensorStatistics(name, bounds=Bounds(*semantics.activation_bounds(model, name)), max_elements=_ELEMENTS)
+        for name in names
+    }
+    floats = FloatChunks(model, samples, threads)
+    size = _CHUNK if floats.large else max(len(names), 1)
+    for begin in range(0, len(names), size):
+        chunk, later = names[begin : begin + size], names[begin + size :]
+        for values in floats.run(chunk, later):
+            for name in chunk:
+                statistics[name].update(values[name])
+    return statistics
 
 
 def _activation_grid(quantizer: TensorQuantizer) -> GridStatistics:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ def stored_tensor_quality(
         return ()
     counts = element_counts(float_model, list(tensors), samples[0], threads=threads)
     meters = {name: SimilarityMeter() for name in tensors}
-    floats = _FloatChunks(float_model, samples, threads)
+    floats = FloatChunks(float_model, samples, threads)
     chunks = list(chunked(list(tensors), counts, 5))
     for number, chunk in enumerate(chunks):
         codes = {name: tensors[name].codes for name in chunk}
@@ -107,13 +107,22 @@ def stored_tensor_quality(
     return tuple(result)
 
 
-class _FloatChunks:
-    """Runs a float model chunk by chunk of its values; of a large one, each chunk starts where the last one ended."""
+class FloatChunks:
+    """Runs a float model chunk by chunk of its values; of a large one, each chunk starts where the last one ended.
 
-    def __init__(self, model: ir.Model, samples: Sequence[Feed], threads: int) -> None:
+    Args:
+        model: The float model.
+        samples: Feeds.
+        threads: Threads within one operator.
+
+    Attributes:
+        large: Whether its weights are too large to be there all at once.
+    """
+
+    def __init__(self, model: ir.Model, samples: Iterable[Feed], threads: int) -> None:
         self._model = model
         self._threads = threads
-        self._large = weight_bytes(model) > _PREPACKED_BYTES
+        self.large = weight_bytes(model) > _PREPACKED_BYTES
         self._start: tuple[str, ...] | None = None
         self._feeds = list(samples)
 
@@ -124,14 +133,14 @@ class _FloatChunks:
             names: Values of the model.
             later: Values that will be asked for after these.
         """
-        cut = frontier(self._model, names, self._start, later) if self._large else ()
+        cut = frontier(self._model, names, self._start, later) if self.large else ()
         session = make_session(
             self._model,
             inputs=self._start,
             outputs=list(dict.fromkeys((*names, *cut))),
             dtypes=inner_dtypes(self._model, self._start),
             threads=self._threads,
-            prepack=not self._large,
+            prepack=not self.large,
         )
         for index, feed in enumerate(self._feeds):
             found = session.run(feed)

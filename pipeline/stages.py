@@ -335,6 +335,7 @@ def _verify(
         checks=verification.checks,
         notes=(*job.report.notes, *_unique(log.notes), *verification.notes),
     )
+    give_back_memory()
     statistics = describe(job, model, plan, log.tensor_effects)
     # Writing the files takes memory of its own.
     release_weights(model)

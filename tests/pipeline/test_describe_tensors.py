@@ -41,6 +41,20 @@ def _values(case: Any, name: str) -> npt.NDArray[np.float64]:
     return np.concatenate([session.run(feed)[name].ravel() for feed in case.samples]).astype(np.float64)
 
 
+def test_a_large_model_is_looked_at_in_parts(narrow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = _described(narrow)
+    monkeypatch.setattr("postquant.pipeline.quality._PREPACKED_BYTES", 0)
+    monkeypatch.setattr("postquant.pipeline.describe_tensors._CHUNK", 3)
+    parts = _described(narrow)
+    assert list(parts) == list(whole)
+    for key, tensor in whole.items():
+        one, other = tensor.histogram, parts[key].histogram
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert other.low == pytest.approx(one.low, rel=1e-4, abs=1e-5)
+            assert other.high == pytest.approx(one.high, rel=1e-4, abs=1e-5)
+
+
 def test_every_quantizer_is_there(narrow: Any) -> None:
     found = _described(narrow)
     plan = narrow.plan

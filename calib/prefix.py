@@ -132,7 +132,7 @@ class Prefix:
                 model,
                 inputs=side.start,
                 outputs=list(dict.fromkeys((*outputs, *cut))),
-                dtypes=inner_dtypes(model, side.start),
+                dtypes=_dtypes(model, side.start),
                 threads=self._threads,
             )
             for (model, side), cut, outputs in zip(plans, cuts, asked_of, strict=True)
@@ -288,7 +288,7 @@ def _layers_behind(model: ir.Model, start: Sequence[str] | None, tensors: Sequen
     return sum(node.op_type in _WEIGHTED for node in new)
 
 
-def inner_dtypes(model: ir.Model, names: Sequence[str] | None) -> dict[str, ir.DataType]:
+def _dtypes(model: ir.Model, names: Sequence[str] | None) -> dict[str, ir.DataType]:
     """Element types of code tensors at a cut."""
     result = {}
     for node in model.graph:

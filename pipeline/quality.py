@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from postquant.calib.prefix import frontier, inner_dtypes
+from postquant.calib.prefix import frontier
 from postquant.passes.session import Session, make_session
 from postquant.passes.subgraph import values_by_name
 from postquant.pipeline.chunks import chunked, element_counts
@@ -22,6 +22,9 @@ from postquant.pipeline.stored import Stored
 
 # Above this many bytes of weights, onnxruntime keeps no rearranged copy of them: slower, but flat in memory.
 _PREPACKED_BYTES = 48 << 20
+# What the values at which a chunk ends may hold for all samples together; where they are larger, the next one starts
+# further back.
+_KEPT_BYTES = 64 << 20
 
 Feed = Mapping[str, npt.NDArray[Any]]
 
@@ -123,8 +126,8 @@ class FloatChunks:
         self._model = model
         self._threads = threads
         self.large = weight_bytes(model) > _PREPACKED_BYTES
-        self._start: tuple[str, ...] | None = None
-        self._feeds = list(samples)
+        self._samples = list(samples)
+        self._kept: list[dict[str, npt.NDArray[Any]]] = [{} for _ in self._samples]
 
     def run(self, names: Sequence[str], later: Sequence[str]) -> Iterator[Feed]:
         """The values of each sample.
@@ -133,21 +136,27 @@ class FloatChunks:
             names: Values of the model.
             later: Values that will be asked for after these.
         """
-        cut = frontier(self._model, names, self._start, later) if self.large else ()
+        # What no kept value leads to, a capture of a subgraph for example, comes from the graph's inputs again.
+        start = {name: ir.DataType.from_numpy(array.dtype) for name, array in self._kept[0].items()}
+        fed = [value.name or "" for value in self._model.graph.inputs if value.name in self._samples[0]]
+        cut = [n for n in frontier(self._model, names, (*start, *fed), later) if n not in fed] if self.large else []
         session = make_session(
             self._model,
-            inputs=self._start,
+            inputs=[*start, *fed],
             outputs=list(dict.fromkeys((*names, *cut))),
-            dtypes=inner_dtypes(self._model, self._start),
+            dtypes=start,
             threads=self._threads,
             prepack=not self.large,
         )
-        for index, feed in enumerate(self._feeds):
-            found = session.run(feed)
-            if cut:
-                self._feeds[index] = {name: found[name] for name in cut}
+        kept: list[dict[str, npt.NDArray[Any]]] = []
+        for sample, before in zip(self._samples, self._kept, strict=True):
+            found = session.run({**sample, **before})
+            if not kept and sum(found[name].nbytes for name in cut) * len(self._samples) > _KEPT_BYTES:
+                cut = []
+            kept.append({name: found[name] for name in cut})
             yield found
-        self._start = cut or self._start
+        if cut:
+            self._kept = kept
 
 
 def float_session(model: ir.Model, outputs: Sequence[str] | None = None, *, threads: int = 1) -> Session:

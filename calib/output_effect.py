@@ -37,6 +37,7 @@ from postquant.calib.sample_front import SampleFront, Values
 from postquant.calib.source import CalibrationSource
 from postquant.passes.session import Session, make_session
 from postquant.passes.storage import reads_original
+from postquant.passes.subgraph import captured_values, node_sources
 from postquant.runtime_ops.errors import CalibrationError
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
@@ -124,8 +125,10 @@ class OutputEffect:
         uses, is_output = self._quantized_uses(graph, value, reader)
         if is_output and tensor in self._outputs:
             return True
-        nodes = [node for node, _ in uses]
-        behind = {*nodes, *(node for first in nodes for output in first.outputs for node in _descendants(output))}
+        direct = {node for node, _ in uses}
+        inside = any(node.graph is not graph for node in direct)
+        behind = {node for node in graph if node in direct or (inside and value in captured_values(node))}
+        behind |= _descendants(graph, [output for node in behind for output in node.outputs])
         return any(_producer_of(graph, name) in behind for name in self._outputs)
 
     def _quantized_uses(
@@ -264,15 +267,14 @@ class OutputEffect:
                 if output is source:
                     graph.outputs[index] = result
             outputs = [result.name if name == tensor else name for name in outputs]  # type: ignore[misc]
-        affected = {clip, quantize, dequantize, *_descendants(result)}
+        affected = {clip, quantize, dequantize, *_descendants(graph, [result])}
         others = list(
             dict.fromkeys(
                 v.name or ""
                 for node in graph
                 if node in affected
-                for v in node.inputs
-                if v is not None
-                and v is not result
+                for v in node_sources(node)
+                if v is not result
                 and (v.producer() is None or v.producer() not in affected)
                 and not v.is_initializer()
                 and v.name not in (tensor, _SCALE, _ZERO, _LOW, _HIGH)
@@ -291,14 +293,14 @@ class OutputEffect:
         return session, others
 
 
-def _descendants(value: ir.Value) -> set[ir.Node]:
+def _descendants(graph: ir.Graph, values: Sequence[ir.Value]) -> set[ir.Node]:
+    """The nodes that depend on values, also through what their subgraphs capture."""
+    reached = set(values)
     found: set[ir.Node] = set()
-    stack = [value]
-    while stack:
-        for use in stack.pop().uses():
-            if use.node not in found:
-                found.add(use.node)
-                stack.extend(use.node.outputs)
+    for node in graph:
+        if not reached.isdisjoint(node_sources(node)):
+            found.add(node)
+            reached.update(node.outputs)
     return found
 
 

@@ -25,6 +25,7 @@ from postquant.passes.border_nodes import is_border
 from postquant.passes.emit import emit
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import make_session
+from postquant.passes.subgraph import node_sources
 
 Sample = dict[str, npt.NDArray[Any]]
 
@@ -232,9 +233,11 @@ def frontier(
         if node is None or node in done or node in old or value in begin:
             continue
         done.add(node)
-        stack.extend(v for v in node.inputs if v is not None)
+        stack.extend(node_sources(node))
     crossing: set[str] = set()
-    wanted = [v for node in model.graph if node not in done and node not in old for v in node.inputs]
+    wanted: list[ir.Value | None] = [
+        v for node in model.graph if node not in done and node not in old for v in node_sources(node)
+    ]
     wanted += [value for node in done for value in node.outputs if value.is_graph_output()]
     # A tensor that exists only behind its quantizer is asked for there.
     known = {value.name: value for value in model.graph.inputs} | values
@@ -264,7 +267,7 @@ def _kept_for(
             kept.add(value)
         elif node is not None and node in old and node not in seen:
             seen.add(node)
-            stack.extend(v for v in node.inputs if v is not None)
+            stack.extend(node_sources(node))
     return kept
 
 
@@ -276,7 +279,7 @@ def _ancestors(values: Iterable[ir.Value]) -> set[ir.Node]:
         node = stack.pop().producer()
         if node is not None and node not in found:
             found.add(node)
-            stack.extend(v for v in node.inputs if v is not None)
+            stack.extend(node_sources(node))
     return found
 
 

@@ -239,3 +239,29 @@ def test_one_tensor_after_the_other(model: ir.Model, source: CalibrationSource) 
         alone = OutputEffect(model, source, options).choose(tensor, tops, reader=reader)
         again = effect.choose(tensor, tops, reader=reader)
         assert (again.candidate, again.effect_db) == (alone.candidate, alone.effect_db)
+
+
+def test_a_tensor_that_a_subgraph_captures() -> None:
+    """Only the body of the If reads "a": its quantization reaches the output all the same."""
+    proto = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        m (float[N,4] x) => (float[N,4] y) {
+            a = Exp (x)
+            yes = Constant <value = bool {1}> ()
+            u = If (yes) <
+                then_branch = t () => (float[N,4] t1) { t1 = Neg (a) },
+                else_branch = e () => (float[N,4] e1) { e1 = Abs (a) }
+            >
+            y = Mul (u, x)
+        }"""
+    )
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    x = np.random.default_rng(0).normal(size=(SAMPLES, 4)).astype(np.float32)
+    effect = OutputEffect(model, open_source(x, input_specs(model)), EffectOptions(samples=SAMPLES, screening=SAMPLES))
+    assert effect.sees("a")
+    tops = {f"{top}": TensorQuantizer.from_range(UNSIGNED, 0.0, top) for top in (0.1, 5.0)}
+    choice = effect.choose("a", tops)
+    kept = {name: float(np.square(x * (q.simulate(np.exp(x)) - np.exp(x))).sum()) for name, q in tops.items()}
+    assert choice.candidate == min(kept, key=kept.__getitem__)
+    noise = kept[choice.candidate] / float(np.square(x * np.exp(x)).sum())
+    assert choice.effect_db == pytest.approx(-10 * np.log10(noise), abs=6)

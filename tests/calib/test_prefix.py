@@ -121,3 +121,28 @@ def test_samples_that_nobody_wants_are_not_run(tmp_path: pathlib.Path) -> None:
     plan = QuantPlan("", activations=dict.fromkeys(decided, quantizer))
     cut = list(prefix.stream(plan, ["t5"], decided=decided, kept=["u"], wanted=lambda index: False))
     assert all(quantized for _, quantized in cut)
+
+
+def test_a_value_that_a_subgraph_captures_crosses_the_cut(tmp_path: pathlib.Path) -> None:
+    model, source = network()
+    proto = onnx.parser.parse_model(
+        NETWORK.replace(
+            "y = Add (t5, v)",
+            """yes = Constant <value = bool {1}> ()
+            y = If (yes) <then_branch = g () => (float[N,2,5,5] q1) { q1 = Add (v, t1) },
+                          else_branch = h () => (float[N,2,5,5] q2) { q2 = Sub (v, t1) }>""",
+        ).replace("[sum] ", "")
+    )
+    proto.graph.initializer.extend(ir.to_proto(model).graph.initializer)
+    model = ir.from_proto(proto)
+    quantizer = TensorQuantizer.from_range(QuantSpec(8, False, False), -6.0, 6.0)
+    decided = ["x", "s", "t1", "t2", "t3", "t4"]
+    plan = QuantPlan("", activations=dict.fromkeys(decided, quantizer))
+    prefix = Prefix(model, source, tmp_path, float_samples=None)
+    for _ in prefix.stream(plan, ["t5"], decided=decided):
+        pass
+    exact, whole = make_session(model, outputs=["y"]), make_session(emit(model, plan), outputs=["y"])
+    for sample, (found, quantized) in zip(source, prefix.stream(plan, ["y"]), strict=True):
+        assert found is not None
+        np.testing.assert_allclose(found["y"], exact.run(sample)["y"], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(quantized["y"], whole.run(sample)["y"], rtol=1e-5, atol=1e-5)

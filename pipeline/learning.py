@@ -79,7 +79,8 @@ def learn(
         plan: A decided plan.
         log: Told what was learned.
         folder: Existing folder for temporary files.
-        threads: Samples that are run at the same time where the result is measured.
+        threads: Samples that are run at the same time where the result is measured, and parts of a batch that are
+            learned from at the same time.
 
     Returns:
         The plan, changed or not.
@@ -94,7 +95,7 @@ def learn(
     if not blocks:
         log.note("nothing was learned: no layer is quantized")
         return plan
-    run = _Run(job, model, blocks, folder)
+    run = _Run(job, model, blocks, folder, threads)
     judges = judging_samples(len(job.source), run.recipe.validation)
     trial = Trial(reference, SubsetSource(job.source, judges), samples=len(judges), threads=threads)
     before = trial.measure(model, plan)
@@ -173,15 +174,19 @@ class _Run:
         model: The float model that the plan is about.
         blocks: Its blocks.
         folder: Existing folder for temporary files.
+        threads: Parts of a batch that are computed at the same time.
 
     Attributes:
         recipe: How blocks are learned.
     """
 
-    def __init__(self, job: Job, model: ir.Model, blocks: tuple[Block, ...], folder: pathlib.Path) -> None:
+    def __init__(
+        self, job: Job, model: ir.Model, blocks: tuple[Block, ...], folder: pathlib.Path, threads: int
+    ) -> None:
         self._job = job
         self._model = model
         self._folder = folder
+        self._threads = threads
         work = forward_work(model, job.source)
         self.recipe = dataclasses.replace(
             recipe_for(job.config.effort, work),
@@ -243,6 +248,7 @@ class _Run:
             recipe,
             seed=job.config.seed,
             device=torch.device(job.config.device.value),
+            threads=self._threads,
         )
         return learner.run(plan, done=done, save=save, progress=progress)
 

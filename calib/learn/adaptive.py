@@ -55,19 +55,26 @@ class AdaptiveActivation:
         self._learned, self._standardized = learned, False
         self._mean = torch.zeros_like(self.weights)
         self._deviation = torch.ones_like(self.weights)
-        self._penalty = torch.zeros((), device=device)
 
     def advance(self, share: float) -> None:
         """Told the share of the iterations that are done: nothing changes."""
 
-    def penalty(self) -> Tensor:
-        """What the last run adds to the loss, () float32."""
-        return self._penalty
+    @property
+    def settled(self) -> bool:
+        """Whether a run has given the statistics their mean and deviation, or none is needed."""
+        return self._standardized or not self._learned
 
-    def simulate(self, x: Tensor, masks: DropMasks | None) -> Tensor:
-        """``x`` (N, C, ...) behind the quantizer; where ``masks`` drops, it stays float."""
+    def simulate(self, x: Tensor, masks: DropMasks | None, penalties: list[Tensor] | None = None) -> Tensor:
+        """``x`` behind the quantizer.
+
+        Args:
+            x: (N, C, ...) float32.
+            masks: Where they drop, ``x`` stays float.
+            penalties: Gets what the factors add to the loss, () float32, mean over the samples.
+        """
         beta = self._factor(x).clamp(*self._limits)
-        self._penalty = _PENALTY * (beta - 1).square().mean()
+        if penalties is not None:
+            penalties.append(_PENALTY * (beta - 1).square().mean())
         step = (self.scale.value() * beta).view(-1, *([1] * (x.ndim - 1)))
         return fake_quantize(x, step, 0.0, self._high, None if masks is None else masks.like(x))
 

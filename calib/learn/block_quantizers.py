@@ -10,7 +10,7 @@ altogether, because they would cost as much time as the ones that matter.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -144,9 +144,10 @@ class BlockQuantizers:
     def _bordered(self) -> list[BorderedActivation]:
         return [step for step in self.steps.values() if isinstance(step, BorderedActivation)]
 
-    def penalty(self) -> Tensor | float:
-        """What the steps add to the loss of the last run."""
-        return sum((s.penalty() for s in self.steps.values() if isinstance(s, AdaptiveActivation)), 0.0)
+    @property
+    def settled(self) -> bool:
+        """Whether runs leave everything as it is; if not, the next run alone decides what its samples decide."""
+        return all(step.settled for step in self.steps.values())
 
     def _prepare_fixed(self, model: ir.Model, nodes: Sequence[ir.Node]) -> None:
         """Constants of the unlearned plan, for comparison."""
@@ -173,15 +174,27 @@ class BlockQuantizers:
             isinstance(entry, TensorQuantizer) and entry.spec.bits < FIXED_BITS for entry in entries
         )
 
-    def reader(self, *, masks: DropMasks | None = None, hard: bool = False, all_steps: bool = False) -> Reader:
+    def constants(self, *, hard: bool = False) -> dict[str, Tensor]:
+        """Learned weights and biases by name, as the block computes with them; ``hard`` rounds weights."""
+        return {name: self._learned_constant(name, hard=hard) for name in (*self.weights, *self.biases)}
+
+    def reader(
+        self,
+        *,
+        masks: DropMasks | None = None,
+        hard: bool = False,
+        all_steps: bool = False,
+        constants: Mapping[str, Tensor] | None = None,
+    ) -> Reader:
         """Answers the executor with what is learned.
 
         Args:
             masks: Leaves activations out at random; None quantizes all.
             hard: Whether weights are rounded.
             all_steps: Whether fixed steps of 8 bits and more are applied as well.
+            constants: Learned weights and biases (:meth:`constants`), where several runs share them.
         """
-        return Reader(self, masks=masks, hard=hard, all_steps=all_steps, learned=True)
+        return Reader(self, masks=masks, hard=hard, all_steps=all_steps, learned=True, constants=constants)
 
     def unlearned(self) -> Reader:
         """Answers the executor with the plan as it was."""
@@ -204,16 +217,19 @@ class BlockQuantizers:
 
     def constant(self, name: str, *, hard: bool, learned: bool) -> Tensor | None:
         """A weight or bias as the block computes with it; None where the model's own value stands."""
-        if learned and name in self.weights:
-            return self.weights[name].simulate(hard=hard)
-        if learned and name in self.biases:
-            return self.biases[name].simulate(self._bias_step(name, learned=True))
+        if learned and (name in self.weights or name in self.biases):
+            return self._learned_constant(name, hard=hard)
         fixed = self._fixed.get(name)
         if name not in self.biases:
             return fixed
         values = self.biases[name].start if fixed is None else fixed
         step = self._bias_step(name, learned=False)
         return values if step is None else (values / step).round() * step
+
+    def _learned_constant(self, name: str, *, hard: bool) -> Tensor:
+        if name in self.weights:
+            return self.weights[name].simulate(hard=hard)
+        return self.biases[name].simulate(self._bias_step(name, learned=True))
 
     def _bias_step(self, name: str, *, learned: bool) -> Tensor | None:
         layer = self._layer_of_bias[name]
@@ -245,11 +261,22 @@ class BlockQuantizers:
         """Key of the quantizer behind which a node reads a value, or None where it reads the float."""
         return stored_key(node, value, self._plan, self._integer)
 
-    def quantize(self, key: str, x: Tensor, *, masks: DropMasks | None, all_steps: bool, learned: bool) -> Tensor:
-        """``x`` behind one quantizer of the plan."""
+    def quantize(
+        self,
+        key: str,
+        x: Tensor,
+        *,
+        masks: DropMasks | None,
+        all_steps: bool,
+        learned: bool,
+        penalties: list[Tensor] | None = None,
+    ) -> Tensor:
+        """``x`` behind one quantizer of the plan; what its step adds to the loss goes to ``penalties``."""
         step = self.steps.get(key)
         entry = self._plan.requants.get(key) or self._plan.activations.get(key)
         if step is not None and learned and (not all_steps or isinstance(step, ActivationQuantizer)):
+            if isinstance(step, AdaptiveActivation):
+                return step.simulate(x, masks, penalties)
             return step.simulate(x, masks)
         if step is not None and learned:
             entry = step.learned()
@@ -267,27 +294,49 @@ class BlockQuantizers:
 
 
 class Reader:
-    """The executor's ``read``: one object for one run through the block."""
+    """The executor's ``read``: one object for one run through the block; see :meth:`BlockQuantizers.reader`."""
 
     def __init__(
-        self, owner: BlockQuantizers, *, masks: DropMasks | None, hard: bool, all_steps: bool, learned: bool
+        self,
+        owner: BlockQuantizers,
+        *,
+        masks: DropMasks | None,
+        hard: bool,
+        all_steps: bool,
+        learned: bool,
+        constants: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._owner = owner
         self._masks = masks
         self._hard = hard
         self._all_steps = all_steps
         self._learned = learned
+        self._constants = {} if constants is None else constants
         self._stored: dict[tuple[str, str], Tensor] = {}
+        self._penalties: list[Tensor] = []
 
-    def forget(self) -> None:
-        """Another run through the block begins."""
-        self._stored.clear()
+    def another(self) -> Reader:
+        """One with the same settings, for another run through the block, in this thread or another."""
+        return Reader(
+            self._owner,
+            masks=self._masks,
+            hard=self._hard,
+            all_steps=self._all_steps,
+            learned=self._learned,
+            constants=self._constants,
+        )
+
+    def penalty(self) -> Tensor | float:
+        """What the steps add to the loss of the run, mean over its samples."""
+        return sum(self._penalties, 0.0)
 
     def __call__(self, node: ir.Node, index: int, name: str, tensor: Tensor) -> Tensor:
         """What the node computes with in place of ``tensor``."""
         value = node.inputs[index]
         assert value is not None
         if semantics.is_constant(value):
+            if name in self._constants:
+                return self._constants[name]
             constant = self._owner.constant(name, hard=self._hard, learned=self._learned)
             return tensor if constant is None else constant
         key = self._owner.stored(node, value)
@@ -300,7 +349,14 @@ class Reader:
         return self._quantize(own, tensor) if own in self._owner.requants else tensor
 
     def _quantize(self, key: str, x: Tensor) -> Tensor:
-        return self._owner.quantize(key, x, masks=self._masks, all_steps=self._all_steps, learned=self._learned)
+        return self._owner.quantize(
+            key,
+            x,
+            masks=self._masks,
+            all_steps=self._all_steps,
+            learned=self._learned,
+            penalties=self._penalties,
+        )
 
 
 def _layer(node: ir.Node, plan: QuantPlan) -> _Layer | None:

@@ -170,6 +170,11 @@ class BorderedActivation:
         if self._follows and share * _REFITS >= self._fits:
             self._fit_now, self._fits = True, self._fits + 1
 
+    @property
+    def settled(self) -> bool:
+        """Whether the neighbours' coefficients follow the weights already; if not, the next run lets them."""
+        return not self._fit_now
+
     def remember(self) -> None:
         """Keeps the neighbours' coefficients; the leaves are the caller's."""
         self._kept = self._border

@@ -11,10 +11,11 @@ which random signs v estimate without a gradient per output: ``E (sum_o v_o df_o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.weights import WeightQuantizer
 
 Tensor = torch.Tensor
@@ -25,26 +26,56 @@ _PROBES = 16
 
 def measure_stiffness(
     weights: Iterable[WeightQuantizer],
-    output: Callable[[], Tensor],
+    output: Callable[[Sequence[int]], Tensor],
+    parts: Callable[[], Sequence[Sequence[int]]],
     variance: float,
     generator: torch.Generator,
+    steps: ParallelSteps,
+    *,
+    at_once: int | None = None,
 ) -> None:
     """Sets ``stiffness`` of every weight.
 
+    The parts of a batch have signs of their own, so that the sum of their squares has the same mean and scatters less.
+
     Args:
         weights: Whose variables the output depends on.
-        output: Gives the block's output for another batch, any shape, differentiable.
+        output: Gives the block's output for some samples, any shape, differentiable; called in any thread.
+        parts: Gives the samples of another batch, cut into parts.
         variance: Of the target, > 0.
         generator: Draws the signs; on the CPU.
+        steps: Threads for the parts.
+        at_once: How many parts may be in work at the same time; None for all threads.
     """
     learned = list(weights)
-    totals = [torch.zeros_like(weight.variable) for weight in learned]
+    leaves = [weight.variable for weight in learned]
+    totals = [torch.zeros_like(leaf) for leaf in leaves]
+
+    def squares(item: tuple[Sequence[int], int]) -> tuple[tuple[Tensor, ...], int]:
+        part, seed = item
+        with torch.enable_grad():
+            result = output(part)
+        own = torch.Generator().manual_seed(seed)
+        signs = (torch.randint(0, 2, result.shape, generator=own) * 2 - 1).to(result)
+        gradients = torch.autograd.grad(result, leaves, signs, materialize_grads=True)
+        return tuple(gradient.square() for gradient in gradients), result.numel()
+
+    def probe() -> None:
+        sums, count = [torch.zeros_like(leaf) for leaf in leaves], 0
+
+        def add(found: tuple[tuple[Tensor, ...], int]) -> None:
+            nonlocal count
+            for sum_, square in zip(sums, found[0], strict=True):
+                sum_ += square
+            count += found[1]
+
+        batch = parts()
+        seeds = torch.randint(0, 1 << 62, (len(batch),), generator=generator).tolist()
+        steps.each(squares, list(zip(batch, seeds, strict=True)), add, at_once=at_once)
+        for total, sum_ in zip(totals, sums, strict=True):
+            total += sum_ * (2 / (count * variance * _PROBES))
+
     for _ in range(_PROBES if learned else 0):
-        result = output()
-        signs = (torch.randint(0, 2, result.shape, generator=generator) * 2 - 1).to(result)
-        leaves = [weight.variable for weight in learned]
-        gradients = torch.autograd.grad((result * signs).sum(), leaves, materialize_grads=True)
-        for total, gradient in zip(totals, gradients, strict=True):
-            total += gradient.square() * (2 / (result.numel() * variance * _PROBES))
+        probe()
     for weight, total in zip(learned, totals, strict=True):
         weight.stiffness = total

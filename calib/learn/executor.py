@@ -6,7 +6,7 @@ other whole numbers that Python must know lie on the CPU, whatever device the da
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 
 import onnx_ir as ir
 import torch
@@ -75,7 +75,13 @@ def constant_values(nodes: Iterable[ir.Node], device: torch.device | str = "cpu"
     return found
 
 
-def run_nodes(nodes: Iterable[ir.Node], values: MutableMapping[str, torch.Tensor], read: Read | None = None) -> None:
+def run_nodes(
+    nodes: Sequence[ir.Node],
+    values: MutableMapping[str, torch.Tensor],
+    read: Read | None = None,
+    *,
+    wanted: Collection[str] | None = None,
+) -> None:
     """Computes the outputs of nodes.
 
     Args:
@@ -84,10 +90,13 @@ def run_nodes(nodes: Iterable[ir.Node], values: MutableMapping[str, torch.Tensor
             (:func:`constant_values`), by name; their outputs are added.
         read: Called for every input of every node, constants included, in order; the node reads what it returns.
             That is where quantizers stand.
+        wanted: Names of the values that the caller reads: others are removed from ``values`` behind their last reader.
+            None keeps all.
 
     Raises:
         KeyError: If a value is missing.
     """
+    last = {} if wanted is None else {value.name: node for node in nodes for value in node.inputs if value is not None}
     for node in nodes:
         inputs: list[torch.Tensor | None] = []
         for index, value in enumerate(node.inputs):
@@ -99,3 +108,6 @@ def run_nodes(nodes: Iterable[ir.Node], values: MutableMapping[str, torch.Tensor
         for output, tensor in zip(node.outputs, _OPS[node.op_type](node, inputs), strict=False):
             if output.name:
                 values[output.name] = tensor
+        for name in {value.name for value in node.inputs if value is not None and last.get(value.name) is node}:
+            if name and name not in (wanted or ()):
+                del values[name]

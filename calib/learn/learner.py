@@ -20,6 +20,7 @@ from postquant.calib.learn.block_borders import with_neutral
 from postquant.calib.learn.block_cache import BlockCache, BlockSamples
 from postquant.calib.learn.block_quantizers import FIXED_BITS, BlockQuantizers
 from postquant.calib.learn.executor import supported
+from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.read_keys import keys_read
 from postquant.calib.learn.recipe import Borders, Recipe, Rounding
 from postquant.calib.learn.reconstruct import BlockDiffersError, BlockOutcome, reconstruct
@@ -65,6 +66,7 @@ class Learner:
         recipe: How blocks are learned.
         seed: Of everything random.
         device: Where.
+        threads: Parts of a batch that are computed at the same time on the CPU, at least 1; never changes the result.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class Learner:
         *,
         seed: int,
         device: torch.device,
+        threads: int = 1,
     ) -> None:
+        self._threads = threads if device.type == "cpu" else 1
         self._nodes = {node.name: node for node in model.graph}
         self._place = {node.name: index for index, node in enumerate(model.graph)}
         self._model = model
@@ -106,15 +110,20 @@ class Learner:
             The plan, and what happened to every block.
         """
         found = list(done)
-        with hold_memory(), _one_thread():
+        with hold_memory(), _one_thread(), ParallelSteps(self._threads) as steps:
             for index, block in enumerate(self._blocks[len(done) :], len(done)):
-                plan, learned = self._learn(plan, block, index, progress)
+                plan, learned = self._learn(plan, block, index, steps, progress)
                 found.append(learned)
                 save(plan, learned)
         return plan, tuple(found)
 
     def _learn(
-        self, plan: QuantPlan, block: Block, index: int, progress: Callable[[Block, int, float], None]
+        self,
+        plan: QuantPlan,
+        block: Block,
+        index: int,
+        steps: ParallelSteps,
+        progress: Callable[[Block, int, float], None],
     ) -> tuple[QuantPlan, LearnedBlock]:
         nodes = [self._nodes[name] for name in block.nodes]
         unsupported = next((reason for node in nodes if (reason := supported(node)) is not None), None)
@@ -136,6 +145,7 @@ class Learner:
                 recipe,
                 seed=self._seed + index,
                 device=self._device,
+                steps=steps,
                 progress=lambda iteration, loss: progress(block, iteration, loss),
             )
             return quantizers, outcome
@@ -190,7 +200,7 @@ def _without_codes(recipe: Recipe) -> Recipe:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """How many threads share a sum changes its last bits, so that torch gets one (docs/design-notes.md)."""
+    """How many threads share a sum changes its last bits: an operator gets one (docs/design-notes.md)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

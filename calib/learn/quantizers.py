@@ -12,6 +12,7 @@ Scales are learned as factors of their start, so that one learning rate fits ten
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -91,6 +92,13 @@ class DropMasks:
         self._pool = (bits < round(256 * keep)).to(torch.float32).to(device)
         self._generator = generator
 
+    def part(self) -> DropMasks:
+        """Masks from the same pool whose offsets follow from one number of this generator, for another thread."""
+        part = copy.copy(self)
+        seed = int(torch.randint(0, 1 << 62, (), generator=self._generator))
+        part._generator = torch.Generator().manual_seed(seed)
+        return part
+
     def like(self, x: Tensor) -> Tensor:
         """A mask of the shape and memory layout of ``x``, float32; large tensors see the pool again and again."""
         offset = int(torch.randint(0, self._POOL, (), generator=self._generator))
@@ -142,6 +150,11 @@ class ActivationQuantizer:
 
     def advance(self, share: float) -> None:
         """Told the share of the iterations that are done: nothing changes."""
+
+    @property
+    def settled(self) -> bool:
+        """Runs change nothing."""
+        return True
 
     def simulate(self, x: Tensor, masks: DropMasks | None) -> Tensor:
         """``x`` behind the quantizer; where ``masks`` drops, it stays float."""

@@ -19,11 +19,13 @@ import onnx_ir as ir
 import torch
 
 from postquant.calib.learn.adaptive import AdaptiveActivation
+from postquant.calib.learn.batch_parts import BatchParts, batch_parts, kept_bytes
 from postquant.calib.learn.block_cache import BlockSamples
 from postquant.calib.learn.block_quantizers import BlockQuantizers, Reader
 from postquant.calib.learn.borders import BorderedActivation
 from postquant.calib.learn.curvature import measure_stiffness
 from postquant.calib.learn.executor import constant_values, run_nodes
+from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.quantizers import DropMasks
 from postquant.calib.learn.recipe import Recipe, Rounding
 from postquant.calib.learn.sample_arrays import SampleArrays
@@ -73,6 +75,7 @@ def reconstruct(
     *,
     seed: int,
     device: torch.device,
+    steps: ParallelSteps,
     progress: Callable[[int, float], None],
 ) -> BlockOutcome:
     """Learns a block; the result is in ``quantizers``.
@@ -85,7 +88,8 @@ def reconstruct(
         recipe: How.
         seed: Of the order of samples and the masks.
         device: Where.
-        progress: Told the number of iterations done and the relative error from time to time.
+        steps: Threads for the parts of a batch; how many changes no result.
+        progress: Told the number of iterations done and the loss from time to time.
 
     Returns:
         The errors before and after, on samples that were not learned from.
@@ -96,15 +100,20 @@ def reconstruct(
     begun = time.monotonic()
     generator = torch.Generator().manual_seed(seed)
     split = SampleSplit(samples.groups, recipe.validation, generator)
-    block = _Block(nodes, output, samples, recipe.batch, device)
+    block = _Block(nodes, output, samples, recipe.batch, device, steps)
     block.check(split)
+    block.settle(quantizers, split)
+    block.measure(quantizers, split)
     before = block.error(quantizers.unlearned(), split)
     if _springs(recipe):
         measure_stiffness(
             quantizers.weights.values(),
-            lambda: block.run(block.inputs(split.batch(recipe.batch)), quantizers.reader()),
+            lambda part: block.run(block.inputs(part), quantizers.reader()),
+            lambda: block.parts.cut(split.batch(recipe.batch)),
             block.variance,
             generator,
+            steps,
+            at_once=block.parts.at_once,
         )
     masks = DropMasks(generator, device, recipe.keep) if recipe.keep < 1 else None
     optimizer, schedule = _optimizer(quantizers, recipe, block.size)
@@ -113,17 +122,19 @@ def reconstruct(
     for iteration in range(recipe.iterations):
         schedule(iteration)
         quantizers.advance(iteration / recipe.iterations)
-        chosen = split.batch(recipe.batch)
-        result = block.run(block.mixed(chosen, masks), quantizers.reader(masks=masks))
-        loss = (result - block.take(samples.target, chosen)).square().mean() / block.variance
-        total = loss + _regulariser(quantizers, recipe, iteration) + quantizers.penalty()
+        block.settle(quantizers, split)
         optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(total)
+        loss = block.backward(split.batch(recipe.batch), quantizers, masks, optimizer)
+        regulariser = _regulariser(quantizers, recipe, iteration)
+        if regulariser is not None:
+            torch.autograd.backward(regulariser)
         optimizer.step()
         if iteration % _TOLD == 0 or iteration + 1 == recipe.iterations:
-            progress(iteration + 1, float(loss.detach()))
+            progress(iteration + 1, loss)
         if iteration + 1 in points:
-            best.judge(block.error(quantizers.reader(hard=True, all_steps=True), split))
+            with torch.no_grad():
+                constants = quantizers.constants(hard=True)
+            best.judge(block.error(quantizers.reader(hard=True, all_steps=True, constants=constants), split))
             if best.hopeless:
                 break
     best.restore()
@@ -145,7 +156,7 @@ class _Best:
 
     def __init__(self, optimizer: torch.optim.Optimizer, quantizers: BlockQuantizers, before: float) -> None:
         self._quantizers = quantizers
-        self._leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
+        self._leaves = _leaves(optimizer)
         self._state = [leaf.detach().clone() for leaf in self._leaves]
         self._before = before
         self.after = math.inf
@@ -169,8 +180,16 @@ class _Block:
     """A block that runs on parts of its samples."""
 
     def __init__(
-        self, nodes: Sequence[ir.Node], output: str, samples: BlockSamples, batch: int, device: torch.device
+        self,
+        nodes: Sequence[ir.Node],
+        output: str,
+        samples: BlockSamples,
+        batch: int,
+        device: torch.device,
+        steps: ParallelSteps,
     ) -> None:
+        self._steps = steps
+        self.parts = BatchParts(batch, 1)
         self._nodes = nodes
         self._batch = batch
         self._output = output
@@ -210,7 +229,7 @@ class _Block:
     def run(self, inputs: Mapping[str, Tensor], reader: Reader | None) -> Tensor:
         """The block's output."""
         values = {**self._constants, **inputs}
-        run_nodes(self._nodes, values, reader)
+        run_nodes(self._nodes, values, reader, wanted=(self._output,))
         return values[self._output]
 
     def check(self, split: SampleSplit) -> None:
@@ -232,16 +251,57 @@ class _Block:
         if not difference <= _SAME * max(float(want.abs().max()), 1e-30):
             raise BlockDiffersError(f"in torch it differs from onnxruntime by {difference:.2g}")
 
+    def settle(self, quantizers: BlockQuantizers, split: SampleSplit) -> None:
+        """Lets a whole batch decide what the first run decides, so that no part of one does."""
+        if not quantizers.settled:
+            with torch.no_grad():
+                self.run(self.inputs(split.batch(self._batch)), quantizers.reader())
+
+    def measure(self, quantizers: BlockQuantizers, split: SampleSplit) -> None:
+        """Decides into which parts batches are cut; a GPU computes them whole."""
+        if self._device.type != "cpu":
+            return
+        constants, few = quantizers.constants(), split.few()
+        shared = (*self._constants.values(), *constants.values())
+        reader = quantizers.reader(constants=constants)
+        kept = kept_bytes(lambda: self.run(self.inputs(few), reader), len(few), shared)
+        self.parts = batch_parts(kept, self._batch)
+
+    def backward(
+        self,
+        chosen: Sequence[int],
+        quantizers: BlockQuantizers,
+        masks: DropMasks | None,
+        optimizer: torch.optim.Optimizer,
+    ) -> float:
+        """Adds the gradients of the loss on some samples to those of what is learned; gives the loss."""
+        parts = [(part, None if masks is None else masks.part()) for part in self.parts.cut(chosen)]
+
+        def loss(item: tuple[list[int], DropMasks | None], constants: Mapping[str, Tensor]) -> Tensor:
+            part, own = item
+            reader = quantizers.reader(masks=own, constants=constants)
+            result = self.run(self.mixed(part, own), reader)
+            error = (result - self.take(self._samples.target, part)).square().mean() / self.variance
+            return (error + reader.penalty()) * (len(part) / len(chosen))
+
+        constants = quantizers.constants()
+        return self._steps.backward(loss, parts, _leaves(optimizer), constants, at_once=self.parts.at_once)
+
     def error(self, reader: Reader, split: SampleSplit) -> float:
         """Error of the output relative to its variance, on judging samples of the quantized prefix."""
         total, count = 0.0, 0
-        with torch.no_grad():
-            # No more at once than while it learns: all values of the block are in memory.
-            for part in split.judging(self._batch):
-                reader.forget()
-                result = self.run(self.inputs(part), reader)
-                total += float((result - self.take(self._samples.target, part)).square().double().sum())
-                count += result.numel()
+
+        def judge(part: list[int]) -> tuple[float, int]:
+            with torch.no_grad():
+                result = self.run(self.inputs(part), reader.another())
+                square = (result - self.take(self._samples.target, part)).square()
+                return float(square.double().sum()), result.numel()
+
+        def add(found: tuple[float, int]) -> None:
+            nonlocal total, count
+            total, count = total + found[0], count + found[1]
+
+        self._steps.each(judge, list(split.judging(self.parts.size)), add, at_once=self.parts.at_once)
         return total / count / self.variance
 
 
@@ -250,12 +310,17 @@ def _springs(recipe: Recipe) -> bool:
     return recipe.rounding is Rounding.FREE and recipe.damping > 0 and recipe.rounding_rate > 0
 
 
-def _regulariser(quantizers: BlockQuantizers, recipe: Recipe, iteration: int) -> Tensor | float:
+def _leaves(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Everything that is learned."""
+    return [leaf for group in optimizer.param_groups for leaf in group["params"]]
+
+
+def _regulariser(quantizers: BlockQuantizers, recipe: Recipe, iteration: int) -> Tensor | None:
     """The springs, or what drives the choice between neighbours: nothing in the warm-up, then a falling exponent."""
     weights = quantizers.weights.values()
     share = (iteration / recipe.iterations - recipe.warm_up) / (1 - recipe.warm_up)
     if not weights or not (_springs(recipe) or (recipe.rounding is Rounding.NEIGHBOURS and share > 0)):
-        return 0.0
+        return None
     first, last = recipe.beta
     beta = last + (first - last) * (1 - share)
     total = torch.stack([w.regulariser(beta) for w in weights]).sum()

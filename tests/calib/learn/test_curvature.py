@@ -3,9 +3,11 @@
 import itertools
 
 import numpy as np
+import pytest
 import torch
 
 from postquant.calib.learn.curvature import measure_stiffness
+from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.recipe import Rounding
 from postquant.calib.learn.weights import WeightQuantizer, weight_quantizer
 from postquant.runtime_ops.quantizer import TensorQuantizer
@@ -21,11 +23,20 @@ def _weight(values: np.ndarray) -> WeightQuantizer:
     return weight_quantizer(Rounding.FREE, values, TensorQuantizer(spec, SCALES, np.zeros(3, np.int32)), CPU)
 
 
-def test_stiffness_of_a_linear_layer_is_that_of_its_formula() -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_stiffness_of_a_linear_layer_is_that_of_its_formula(threads: int) -> None:
     rng = np.random.default_rng(0)
     weight = _weight(rng.standard_normal((3, 5)).astype(np.float32))
     x = torch.from_numpy((rng.standard_normal((400, 5)) * [1, 2, 3, 4, 0]).astype(np.float32))
-    measure_stiffness([weight], lambda: x @ weight.simulate(hard=False).mT, VARIANCE, torch.Generator().manual_seed(0))
+    with ParallelSteps(threads) as steps:
+        measure_stiffness(
+            [weight],
+            lambda part: x[part] @ weight.simulate(hard=False).mT,
+            lambda: [range(130), range(130, 400)],
+            VARIANCE,
+            torch.Generator().manual_seed(0),
+            steps,
+        )
     # y_ij = sum_k x_ik s_j u_jk has dy_ij / du_jk = s_j x_ik; the loss is a mean over 400 x 3 elements.
     expected = 2 / (1200 * VARIANCE) * np.square(SCALES)[:, None] * np.square(x.numpy()).sum(axis=0)
     got = weight.stiffness.numpy()

@@ -27,6 +27,8 @@ from postquant.runtime_ops.law_adaptive import Feature
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 if TYPE_CHECKING:
+    import torch
+
     from postquant.calib.learn.learner import LearnedBlock
 
 # Weights of so many bits gain nothing from the layers that they would share a block with.
@@ -103,6 +105,7 @@ def learn(
     learned, found = run.learn(plan)
     after = trial.measure(model, learned)
     kept = after.error < before.error
+    log.note(*run.notes)
     for block in found:
         log.add(f"learn {block.name}", _detail(block), kept=block.kept, sqnr_db=block.after)
     gain = 20 * math.log10(max(before.error, 1e-30) / max(after.error, 1e-30))
@@ -168,6 +171,7 @@ class _Run:
 
     Attributes:
         recipe: How blocks are learned.
+        notes: What the report must not be silent about.
     """
 
     def __init__(
@@ -177,6 +181,7 @@ class _Run:
         self._model = model
         self._folder = folder
         self._threads = threads
+        self.notes: list[str] = []
         work = forward_work(model, job.source)
         self.recipe = dataclasses.replace(
             recipe_for(job.config.effort, work),
@@ -227,10 +232,36 @@ class _Run:
             seed=job.config.seed,
             device=torch.device(job.config.device.value),
             threads=self._threads,
+            importance=self._importance(),
         )
         return learner.run(
             plan, done=done, save=save, progress=lambda block, step, loss: bar.show(block.name, step, loss)
         )
+
+    def _importance(self) -> dict[str, torch.Tensor]:
+        """What the elements of the blocks' outputs count, where that was asked for; a resumed run measures it again."""
+        import torch
+
+        from postquant.calib.learn.fisher import measure_importance
+
+        job = self._job
+        if not job.config.fisher:
+            return {}
+        job.progress.detail("gradients of the network's outputs")
+        judges = judging_samples(len(job.source), self.recipe.validation)
+        learned_from = sorted(set(range(len(job.source))) - set(judges)) or judges
+        found = measure_importance(
+            self._model,
+            [block.output for block in self._blocks],
+            job.source,
+            learned_from,
+            seed=job.config.seed,
+            device=torch.device(job.config.device.value),
+        )
+        count = f"{len(found.weights)} of {len(self._blocks)}"
+        self.notes.append(f"errors of {count} blocks are weighed by squared gradients of the network's outputs")
+        self.notes += [f"errors of block {name} are not weighed: {reason}" for name, reason in found.reasons.items()]
+        return dict(found.weights)
 
     def _learn_network(self, plan: QuantPlan, recipe: Recipe) -> tuple[QuantPlan, LearnedBlock]:
         import torch

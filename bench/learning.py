@@ -1,8 +1,9 @@
 """Steps per second of learning, block by block, and what a step costs beside convolutions.
 
-    python bench/learning.py MODEL.onnx DATA.npz [--wbits 2] [--abits 2] [--steps 50]
+    python bench/learning.py MODEL.onnx DATA.npz [--wbits 2] [--abits 2] [--steps 50] [--threads 1]
 
-Ranges are min-max and weights keep their largest magnitude: how long a step takes does not depend on them.
+Ranges are min-max and weights keep their largest magnitude: how long a step takes does not depend on them. Times hold
+everything that a block does beside its steps as well: probes and judging. The last line sees the calling thread alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import dataclasses
 import pathlib
 import tempfile
+import time
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--wbits", type=int, default=2)
     parser.add_argument("--abits", type=int, default=2)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     loaded = load_model(arguments.model)
     whole = open_calibration(arguments.data, loaded, QuantConfig())
@@ -56,14 +59,17 @@ def main() -> None:
         blocks = learning_blocks(model, plan)
         recipe = dataclasses.replace(recipe_for(Effort.FAST, forward_work(model, source)), iterations=arguments.steps)
         cache = BlockCache(model, blocks, source, path, memory=2 << 30)
-        learner = Learner(model, blocks, cache, recipe, seed=0, device=torch.device("cpu"))
+        learner = Learner(model, blocks, cache, recipe, seed=0, device=torch.device("cpu"), threads=arguments.threads)
 
         def told(plan: QuantPlan, block: LearnedBlock) -> None:
             rate = f"{block.iterations / block.seconds:7.1f} steps/s" if block.iterations else block.reason
             print(f"{block.name:40} {len(block.layers):3} layers  {rate}")
 
+        begun, spent = time.monotonic(), time.process_time()
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            learner.run(plan, done=[], save=told, progress=lambda block, iteration, loss: None)
+            _, found = learner.run(plan, done=[], save=told, progress=lambda block, iteration, loss: None)
+    spent, begun = time.process_time() - spent, time.monotonic() - begun
+    print(f"{sum(block.seconds for block in found):.1f} s of {begun:.1f} s in blocks, CPU time {spent:.1f} s in all")
     events = profiled.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
     heavy = sum(event.self_cpu_time_total for event in events if any(name in event.key for name in _CONVOLUTION))

@@ -181,8 +181,8 @@ class QuantConfig:
     target: str = text("a built-in target or the path of a target file", default="onnxruntime")
     seed: int = integer("seed of every random choice", default=0, low=0, high=2**32 - 1)
     threads: int = integer(
-        "samples that are run at the same time where effects are measured, 0 for one per core and at most 8; "
-        "more take more memory and never change the result",
+        "samples that are run at the same time where effects are measured, and parts of a batch that are learned from "
+        "at the same time, 0 for one per core and at most 8; more take more memory and never change the result",
         default=1,
         low=0,
         high=1024,

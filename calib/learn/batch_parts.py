@@ -15,10 +15,9 @@ import torch
 
 Tensor = torch.Tensor
 
-# More parts serve more threads, and cost more time between operators.
-_MOST_PARTS = 4
-# Tensors of a part have at least so many bytes on average: with fewer, Python is what threads would wait for.
-_LEAST_TENSOR = 128 << 10
+# Parts, and the bytes that their tensors have on average at least: with fewer, threads would wait for Python. More
+# parts serve more threads, and cost more time between operators.
+_USEFUL = ((4, 256 << 10), (2, 128 << 10))
 # What one part, and all parts in work at the same time, may keep for gradients.
 _PART_BYTES = 128 << 20
 _ALL_BYTES = 384 << 20
@@ -58,8 +57,8 @@ def batch_parts(kept: Sequence[int], batch: int) -> BatchParts:
     BatchParts(size=8, at_once=38)
     """
     sample = max(sum(kept), 1)
-    tensor = sample / max(len(kept), 1)
-    useful = min(max(int(batch * tensor / _LEAST_TENSOR), 1), _MOST_PARTS)
+    tensors = batch * sample / max(len(kept), 1)
+    useful = next((parts for parts, least in _USEFUL if tensors >= parts * least), 1)
     size = max(min(-(-batch // useful), _PART_BYTES // sample), 1)
     return BatchParts(size, max(_ALL_BYTES // (size * sample), 1))
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from postquant.calib.learn.adaptive import AdaptiveActivation
 from postquant.calib.learn.block_quantizers import BlockQuantizers
-from postquant.calib.learn.borders import BorderedActivation
 from postquant.calib.learn.curvature import measure_stiffness
 from postquant.calib.learn.objective import Judged, Objective
+from postquant.calib.learn.optimizer import learned_leaves, make_optimizer
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.quantizers import DropMasks
 from postquant.calib.learn.recipe import Recipe, Rounding
@@ -105,8 +104,8 @@ def reconstruct(
             at_once=objective.parts.at_once,
         )
     masks = DropMasks(generator, device, recipe.keep) if recipe.keep < 1 else None
-    optimizer, schedule = _optimizer(quantizers, recipe, objective.bias_sizes(split))
-    leaves = _leaves(optimizer)
+    optimizer, schedule = make_optimizer(quantizers, recipe, objective.bias_sizes(split))
+    leaves = learned_leaves(optimizer)
     best = _Best(leaves, quantizers, before)
     points = {math.ceil(recipe.iterations * share) for share in recipe.judged}
     for iteration in range(recipe.iterations):
@@ -172,11 +171,6 @@ def _springs(recipe: Recipe) -> bool:
     return recipe.rounding is Rounding.FREE and recipe.damping > 0 and recipe.rounding_rate > 0
 
 
-def _leaves(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Everything that is learned."""
-    return [leaf for group in optimizer.param_groups for leaf in group["params"]]
-
-
 def _regulariser(quantizers: BlockQuantizers, recipe: Recipe, iteration: int) -> Tensor | None:
     """The springs, or what drives the choice between neighbours: nothing in the warm-up, then a falling exponent."""
     weights = quantizers.weights.values()
@@ -189,28 +183,3 @@ def _regulariser(quantizers: BlockQuantizers, recipe: Recipe, iteration: int) ->
     if recipe.rounding is Rounding.FREE:
         return recipe.damping * total
     return recipe.regularisation * total / sum(w.variable.numel() for w in weights)
-
-
-def _optimizer(
-    quantizers: BlockQuantizers, recipe: Recipe, sizes: Mapping[str, float]
-) -> tuple[torch.optim.Optimizer, Callable[[int], None]]:
-    """Adam with a rate per kind, and what sets the rates of an iteration; ``sizes`` are units of the biases' rate."""
-    weights, steps = quantizers.weights.values(), quantizers.steps.values()
-    groups = [
-        ([w.variable for w in weights], recipe.rounding_rate, recipe.rounding is Rounding.FREE),
-        *(([bias.values], recipe.bias_rate * sizes[name], True) for name, bias in quantizers.biases.items()),
-        ([w.scale.factor for w in weights], recipe.weight_scale_rate, True),
-        ([s.scale.factor for s in steps], recipe.step_rate, True),
-        ([p for s in steps if isinstance(s, BorderedActivation) for p in s.parameters()], recipe.border_rate, True),
-        ([s.weights for s in steps if isinstance(s, AdaptiveActivation)], recipe.adaptive_rate, True),
-    ]
-    learned = [([p for p in params if p.requires_grad], rate, falls) for params, rate, falls in groups]
-    used = [(params, rate, falls) for params, rate, falls in learned if params]
-    optimizer = torch.optim.Adam([{"params": params, "lr": rate} for params, rate, _ in used])
-
-    def schedule(iteration: int) -> None:
-        share = 0.5 * (1 + math.cos(math.pi * iteration / recipe.iterations))
-        for group, (_, rate, falls) in zip(optimizer.param_groups, used, strict=True):
-            group["lr"] = rate * share if falls else rate
-
-    return optimizer, schedule

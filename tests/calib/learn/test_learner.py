@@ -12,11 +12,18 @@ import pytest
 import torch
 
 from postquant.calib.input_spec import input_specs
+from postquant.calib.learn import objective
+from postquant.calib.learn.batch_parts import BatchParts
+from postquant.calib.learn.block_borders import with_neutral
 from postquant.calib.learn.block_cache import BlockCache
+from postquant.calib.learn.block_objective import BlockObjective
 from postquant.calib.learn.block_quantizers import BlockQuantizers
 from postquant.calib.learn.executor import constant_values, run_nodes
 from postquant.calib.learn.learner import LearnedBlock, Learner
+from postquant.calib.learn.optimizer import learned_leaves, make_optimizer
+from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.recipe import Borders, Recipe, Rounding
+from postquant.calib.learn.sample_split import SampleSplit
 from postquant.calib.observers import MinMax
 from postquant.calib.open_source import open_source
 from postquant.calib.ranges import method_ranges
@@ -29,6 +36,7 @@ from postquant.passes.plan import QuantPlan
 from postquant.passes.session import make_session
 from postquant.passes.target import load_target
 from postquant.runtime_ops.code_book import CodeBook, post_table
+from postquant.runtime_ops.law_adaptive import Feature
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 CPU = torch.device("cpu")
@@ -72,11 +80,12 @@ class Case:
         recipe: Recipe = RECIPE,
         plan: QuantPlan | None = None,
         done: tuple[LearnedBlock, ...] = (),
+        threads: int = 1,
     ) -> tuple[list[QuantPlan], tuple[LearnedBlock, ...]]:
         """The plan after every block that is not done, and all blocks."""
         plans: list[QuantPlan] = []
         cache = BlockCache(self.model, self.blocks, self.source, folder, memory=1 << 30)
-        learner = Learner(self.model, self.blocks, cache, recipe, seed=3, device=CPU)
+        learner = Learner(self.model, self.blocks, cache, recipe, seed=3, device=CPU, threads=threads)
         _, found = learner.run(
             plan or self.plan,
             done=done,
@@ -153,6 +162,54 @@ def test_learning_again_gives_the_same_bytes_and_goes_on_behind_finished_blocks(
     assert (tmp_path / "first").read_bytes() == (tmp_path / "rest").read_bytes()
     case.plan.save(tmp_path / "start")
     assert (tmp_path / "start").read_bytes() != (tmp_path / "first").read_bytes()
+
+
+@pytest.mark.parametrize("more", [{}, *ROUNDINGS])
+def test_any_number_of_threads_gives_the_same_bytes(
+    case: Case, tmp_path: pathlib.Path, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objective, "batch_parts", lambda kept, batch: BatchParts(size=5, at_once=9))
+    recipe = dataclasses.replace(RECIPE, iterations=20, keep=0.5, **more)
+    saved = set()
+    for threads in (1, 2, 3):
+        plans, found = case.learn(tmp_path, recipe, threads=threads)
+        assert next(block for block in found if block.layers == ("conv1", "conv2")).kept
+        plans[-1].save(tmp_path / "plan")
+        saved.add((tmp_path / "plan").read_bytes())
+    assert len(saved) == 1
+
+
+@pytest.mark.parametrize("more", [{}, *ROUNDINGS])
+def test_gradients_of_parts_are_those_of_the_batch(case: Case, tmp_path: pathlib.Path, more: dict[str, Any]) -> None:
+    recipe = dataclasses.replace(RECIPE, **more)
+    nodes = [node for node in case.model.graph if node.name in ("conv1", "relu1", "conv2", "sum", "relu2")]
+    decided = frozenset({"r0"})
+    plan = with_neutral(
+        case.model, case.plan, nodes, decided, borders="borders" in more, features=Feature(recipe.adaptive) or None
+    )
+    quantizers = BlockQuantizers(case.model, plan, nodes, decided, recipe, CPU)
+    block = next(block for block in case.blocks if block.layers == ("conv1", "conv2"))
+    cache = BlockCache(case.model, case.blocks, case.source, tmp_path, memory=1 << 30)
+    with cache.load(block, plan) as samples, ParallelSteps(2) as steps:
+        split = SampleSplit(samples.groups, 0.125, torch.Generator().manual_seed(0))
+        runs = BlockObjective(nodes, block.output, samples, 16, CPU, steps)
+        quantizers.advance(0.0)
+        runs.settle(quantizers, split)
+        assert quantizers.settled
+        leaves = learned_leaves(make_optimizer(quantizers, recipe, runs.bias_sizes(split))[0])
+        chosen = split.batch(16)
+        reader = quantizers.reader()
+        result = runs.output(chosen, reader)
+        loss = (result - samples.target.take(chosen)).square().mean() / runs.variance + reader.penalty()
+        expected = torch.autograd.grad(loss, leaves, allow_unused=True)
+        runs.parts = BatchParts(size=5, at_once=2)
+        got = runs.backward(chosen, quantizers, None, leaves)
+    assert got == pytest.approx(float(loss.detach()), rel=1e-5)
+    for leaf, law in zip(leaves, expected, strict=True):
+        if law is None:
+            assert leaf.grad is None
+        else:
+            torch.testing.assert_close(leaf.grad, law, rtol=1e-3, atol=1e-5 * float(law.abs().max()) + 1e-9)
 
 
 def test_a_block_that_gets_worse_keeps_what_it_had(case: Case, tmp_path: pathlib.Path) -> None:

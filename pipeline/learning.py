@@ -19,6 +19,7 @@ from postquant.passes.blocks import Block, cut_blocks
 from postquant.passes.border_plan import border_sites
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline.config import Border, QuantConfig
+from postquant.pipeline.importance import block_importance
 from postquant.pipeline.job import Job
 from postquant.pipeline.progress import NullProgress
 from postquant.pipeline.stage_log import StageLog
@@ -27,8 +28,6 @@ from postquant.runtime_ops.law_adaptive import Feature
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 if TYPE_CHECKING:
-    import torch
-
     from postquant.calib.learn.learner import LearnedBlock
 
 # Weights of so many bits gain nothing from the layers that they would share a block with.
@@ -224,6 +223,8 @@ class _Run:
             self._save(count, plan, block, bar)
             count += 1
 
+        importance, notes = block_importance(job, self._model, self._blocks, self.recipe)
+        self.notes += notes
         learner = Learner(
             self._model,
             self._blocks,
@@ -232,36 +233,11 @@ class _Run:
             seed=job.config.seed,
             device=torch.device(job.config.device.value),
             threads=self._threads,
-            importance=self._importance(),
+            importance=importance,
         )
         return learner.run(
             plan, done=done, save=save, progress=lambda block, step, loss: bar.show(block.name, step, loss)
         )
-
-    def _importance(self) -> dict[str, torch.Tensor]:
-        """What the elements of the blocks' outputs count, where that was asked for; a resumed run measures it again."""
-        import torch
-
-        from postquant.calib.learn.fisher import measure_importance
-
-        job = self._job
-        if not job.config.fisher:
-            return {}
-        job.progress.detail("gradients of the network's outputs")
-        judges = judging_samples(len(job.source), self.recipe.validation)
-        learned_from = sorted(set(range(len(job.source))) - set(judges)) or judges
-        found = measure_importance(
-            self._model,
-            [block.output for block in self._blocks],
-            job.source,
-            learned_from,
-            seed=job.config.seed,
-            device=torch.device(job.config.device.value),
-        )
-        count = f"{len(found.weights)} of {len(self._blocks)}"
-        self.notes.append(f"errors of {count} blocks are weighed by squared gradients of the network's outputs")
-        self.notes += [f"errors of block {name} are not weighed: {reason}" for name, reason in found.reasons.items()]
-        return dict(found.weights)
 
     def _learn_network(self, plan: QuantPlan, recipe: Recipe) -> tuple[QuantPlan, LearnedBlock]:
         import torch

@@ -11,13 +11,13 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
+from postquant.calib.learn.recipe import recipe_for
 from postquant.passes.place import PlacementSettings, place
 from postquant.passes.plan import QuantPlan
 from postquant.passes.target import load_target
 from postquant.pipeline import learning
 from postquant.pipeline.api import quantize
 from postquant.pipeline.config import Border, Method, QuantConfig, Weights
-from postquant.pipeline.demo.digits import load_digits
 from postquant.pipeline.learning import learning_blocks
 from postquant.runtime_ops.errors import ConfigError
 from postquant.runtime_ops.quantizer import TensorQuantizer
@@ -71,12 +71,15 @@ def test_errors_of_blocks_are_weighed_where_that_is_asked_for(
         if os.environ.get("CI") == "true":
             pytest.fail("torch is not installed")
         pytest.skip("torch is not installed")
-    recipe_for = learning.recipe_for
     monkeypatch.setattr(learning, "recipe_for", lambda *a: dataclasses.replace(recipe_for(*a), iterations=12))
     monkeypatch.setattr(learning, "network_recipe", lambda *a: None)
-    digits = load_digits()
-    feeds = [{"image": digits.calibration[index : index + 1]} for index in range(32)]
-    plans, notes = [], []
+    rng = np.random.default_rng(0)
+    proto = onnx.parser.parse_model(CHAIN)
+    for index in range(4):
+        weight = rng.standard_normal((4, 4)).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, f"w{index}"))
+    feeds = [{"x": rng.standard_normal((1, 4)).astype(np.float32)} for _ in range(24)]
+    plans, notes, count = [], [], 0
     for fisher in (False, True):
         config = QuantConfig(
             wbits=3,
@@ -89,11 +92,11 @@ def test_errors_of_blocks_are_weighed_where_that_is_asked_for(
             verify_samples=4,
             bundle=False,
         )
-        report = quantize(digits.model, feeds, config, out=tmp_path / str(fisher)).report
+        report = quantize(proto, feeds, config, out=tmp_path / str(fisher)).report
         assert all(check.passed for check in report.checks)
         notes.append([note for note in report.notes if "errors of" in note])
+        count = sum(stage.name.startswith("learn ") for stage in report.stages)
         plans.append((tmp_path / str(fisher) / "plan.safetensors").read_bytes())
-    count = sum(stage.name.startswith("learn ") for stage in report.stages)
     told = f"errors of {count} of {count} blocks are weighed by squared gradients of the network's outputs"
     assert notes == [[], [told]]
     assert plans[0] != plans[1]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from postquant.calib.input_spec import input_specs
+from postquant.calib.learn import fisher
 from postquant.calib.learn.block_cache import BlockCache
 from postquant.calib.learn.block_objective import BlockObjective
 from postquant.calib.learn.block_quantizers import BlockQuantizers
@@ -156,6 +157,23 @@ def test_a_value_without_a_gradient_has_a_reason() -> None:
         "h": "torch does not run what lies behind: operator Hardmax",
         "g": "no output depends smoothly on it",
     }
+
+
+def _fails(*args: object, **options: object) -> None:
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [("run_nodes", _fails, "out of memory"), ("_SAME", -1.0, "in torch it differs from onnxruntime")],
+)
+def test_where_torch_fails_no_value_counts_more_than_another(
+    name: str, value: object, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fisher, name, value)
+    found = _measure(_model(IMAGES, w0=W0, w1=W1, w2=W2), ["r0", "a"], _images(3))
+    assert not found.weights
+    assert [reason in told for told in found.reasons.values()] == [True, True]
 
 
 BLOCK = """

@@ -19,6 +19,7 @@ from postquant.passes.blocks import Block, cut_blocks
 from postquant.passes.border_plan import border_sites
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline.config import Border, QuantConfig
+from postquant.pipeline.importance import block_importance
 from postquant.pipeline.job import Job
 from postquant.pipeline.progress import NullProgress
 from postquant.pipeline.stage_log import StageLog
@@ -103,6 +104,7 @@ def learn(
     learned, found = run.learn(plan)
     after = trial.measure(model, learned)
     kept = after.error < before.error
+    log.note(*run.notes)
     for block in found:
         log.add(f"learn {block.name}", _detail(block), kept=block.kept, sqnr_db=block.after)
     gain = 20 * math.log10(max(before.error, 1e-30) / max(after.error, 1e-30))
@@ -168,6 +170,7 @@ class _Run:
 
     Attributes:
         recipe: How blocks are learned.
+        notes: What the report must not be silent about.
     """
 
     def __init__(
@@ -177,6 +180,7 @@ class _Run:
         self._model = model
         self._folder = folder
         self._threads = threads
+        self.notes: list[str] = []
         work = forward_work(model, job.source)
         self.recipe = dataclasses.replace(
             recipe_for(job.config.effort, work),
@@ -219,6 +223,8 @@ class _Run:
             self._save(count, plan, block, bar)
             count += 1
 
+        importance, notes = block_importance(job, self._model, self._blocks, self.recipe)
+        self.notes += notes
         learner = Learner(
             self._model,
             self._blocks,
@@ -227,6 +233,7 @@ class _Run:
             seed=job.config.seed,
             device=torch.device(job.config.device.value),
             threads=self._threads,
+            importance=importance,
         )
         return learner.run(
             plan, done=done, save=save, progress=lambda block, step, loss: bar.show(block.name, step, loss)

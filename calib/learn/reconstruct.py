@@ -107,8 +107,8 @@ def reconstruct(
     before = block.error(quantizers.unlearned(), split)
     if _springs(recipe):
         measure_stiffness(
-            quantizers.weights.values(),
-            lambda part: block.run(block.inputs(part), quantizers.reader()),
+            quantizers.weights,
+            lambda part, constants: block.run(block.inputs(part), quantizers.reader(constants=constants)),
             lambda: block.parts.cut(split.batch(recipe.batch)),
             block.variance,
             generator,
@@ -261,10 +261,10 @@ class _Block:
         """Decides into which parts batches are cut; a GPU computes them whole."""
         if self._device.type != "cpu":
             return
-        constants, few = quantizers.constants(), split.few()
+        constants, one = quantizers.constants(), split.few()[:1]
         shared = (*self._constants.values(), *constants.values())
         reader = quantizers.reader(constants=constants)
-        kept = kept_bytes(lambda: self.run(self.inputs(few), reader), len(few), shared)
+        kept = kept_bytes(lambda: self.run(self.inputs(one), reader), 1, shared)
         self.parts = batch_parts(kept, self._batch)
 
     def backward(

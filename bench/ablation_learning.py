@@ -1,12 +1,13 @@
 """What each part of learning gives, step by step.
 
     python bench/ablation_learning.py [--model resnet20] [--widths w4a4,w3a3,w2a4,w2a2] [--seeds 0,1,2]
-        [--iterations 1000] [--samples 512] [--rows NAME,...] [--limit N] [--speed] [--json FILE] [--markdown]
+        [--iterations 1000] [--network-iterations 1000] [--samples 512] [--rows NAME,...] [--limit N] [--speed]
+        [--json FILE] [--markdown]
 
 A model is calibrated once per width, and every learned row starts from the same plan: EasyQuant with compensated
 rounding and corrected biases, without code books. Blocks are learned as ``postquant quantize --learn`` learns them, in
-as many steps as asked for, and without the whole network at the end. Task metric and SQNR against the float model are
-those of evaluation data, on onnxruntime and the written file; ``--speed`` times one sample without and with the
+as many steps as asked for; one row learns the whole network behind them. Task metric and SQNR against the float model
+are those of evaluation data, on onnxruntime and the written file; ``--speed`` times one sample without and with the
 library of native operators. Rows:
 
     nearest      scales by the least squared error, nearest codes
@@ -17,6 +18,7 @@ library of native operators. Rows:
     own          + rounding borders that see their own value
     neighbours   + rounding borders that see their neighbours as well
     adaptive     scales + steps for every sample, without borders
+    network      scales + the whole network
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import sys
 import tempfile
 import time
 import unittest.mock
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -42,9 +44,12 @@ from process import evaluate
 
 from postquant.calib.learn.block_cache import BlockCache
 from postquant.calib.learn.learner import Learner
-from postquant.calib.learn.recipe import Borders, Effort, Recipe, recipe_for
+from postquant.calib.learn.network_learner import learn_network
+from postquant.calib.learn.recipe import Borders, Effort, Recipe, network_recipe, recipe_for
+from postquant.calib.source import CalibrationSource
 from postquant.calib.work import forward_work
 from postquant.passes.biases import fit_biases
+from postquant.passes.blocks import Block
 from postquant.passes.emit import emit
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline import stages
@@ -68,6 +73,7 @@ LEARNED: dict[str, dict[str, Any]] = {
     "own": {"borders": Borders.OWN},
     "neighbours": {"borders": Borders.NEIGHBOURS},
     "adaptive": {"adaptive": int(ADAPTIVE_FEATURES)},
+    "network": {},
 }
 
 
@@ -108,7 +114,37 @@ class Study:
             cache = BlockCache(model, blocks, source, temporary, memory=2 << 30)
             learner = Learner(model, blocks, cache, recipe, seed=seed, device=torch.device("cpu"))
             plan, _ = learner.run(plan, done=[], save=lambda *a: None, progress=lambda *a: None)
+            if row == "network":
+                plan = self.network(model, plan, blocks, source, pathlib.Path(temporary), seed)
         return model, plan
+
+    def network(
+        self,
+        model: ir.Model,
+        plan: QuantPlan,
+        blocks: Sequence[Block],
+        source: CalibrationSource,
+        folder: pathlib.Path,
+        seed: int,
+    ) -> QuantPlan:
+        """A plan with the whole network learned behind its blocks."""
+        recipe = network_recipe(Effort.MAX, forward_work(model, source))
+        assert recipe is not None
+        recipe = dataclasses.replace(recipe, iterations=self.options.network_iterations)
+        return learn_network(
+            model,
+            plan,
+            blocks,
+            source,
+            recipe,
+            folder,
+            memory=2 << 30,
+            augment=True,
+            seed=seed,
+            device=torch.device("cpu"),
+            threads=1,
+            progress=lambda *a: None,
+        )[0]
 
     def line(self, row: str, seed: int) -> dict[str, Any]:
         """One measurement."""
@@ -161,6 +197,7 @@ def main() -> int:
     parser.add_argument("--rows", type=lambda text: text.split(","), default=rows)
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=1000, help="steps per block")
+    parser.add_argument("--network-iterations", type=int, default=1000, help="steps of the whole network")
     parser.add_argument("--samples", type=int, default=512, help="calibration samples")
     parser.add_argument("--limit", type=int, help="evaluate this many samples only")
     parser.add_argument("--speed", action="store_true", help="time one sample on one thread")

@@ -20,6 +20,7 @@ from postquant.passes.border_plan import border_sites
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline.config import Border, QuantConfig
 from postquant.pipeline.job import Job
+from postquant.pipeline.progress import NullProgress
 from postquant.pipeline.stage_log import StageLog
 from postquant.runtime_ops.errors import ConfigError
 from postquant.runtime_ops.law_adaptive import Feature
@@ -155,17 +156,6 @@ def _layer_bits(model: ir.Model, plan: QuantPlan) -> dict[str, int]:
     return bits
 
 
-def network_block(model: ir.Model, plan: QuantPlan) -> Block | None:
-    """The network from its inputs to its only float output as one block; None where it has several."""
-    outputs = [value for value in model.graph.outputs if value.name and value.dtype in (None, ir.DataType.FLOAT)]
-    inputs = tuple(value.name for value in model.graph.inputs if value.name)
-    if len(outputs) != 1 or len(model.graph.outputs) != 1 or not inputs:
-        return None
-    name = outputs[0].name or ""
-    nodes = tuple(node.name or "" for node in model.graph)
-    return Block("the whole network", nodes, inputs, name, tuple(_layer_bits(model, plan)))
-
-
 class _Run:
     """Learns the blocks that are not saved, and then the whole network.
 
@@ -193,64 +183,122 @@ class _Run:
             borders=_BORDERS[job.config.border],
             adaptive=int(ADAPTIVE_FEATURES) if job.config.adaptive_step else 0,
         )
-        self._parts: list[tuple[Recipe, tuple[Block, ...]]] = [(self.recipe, blocks)]
+        self._blocks = blocks
         self._whole = network_recipe(job.config.effort, work)
 
     def learn(self, plan: QuantPlan) -> tuple[QuantPlan, tuple[LearnedBlock, ...]]:
         """The learned plan, and what happened to every block."""
-        network = None if self._whole is None else network_block(self._model, plan)
-        if network is not None and self._whole is not None:
-            self._parts.append((self._whole, (network,)))
-        self._job.progress.stage("learn", sum(len(part) * recipe.iterations for recipe, part in self._parts))
-        found: list[LearnedBlock] = []
-        for recipe, blocks in self._parts:
-            plan, learned = self._learn(plan, recipe, blocks, len(found))
-            found.extend(learned)
-        return plan, tuple(found)
+        whole = 0 if self._whole is None else self._whole.iterations
+        self._job.progress.stage("learn", len(self._blocks) * self.recipe.iterations + whole)
+        plan, found = self._learn_blocks(plan)
+        if self._whole is not None:
+            plan, network = self._learn_network(plan, self._whole)
+            found = (*found, network)
+        return plan, found
 
-    def _learn(
-        self, plan: QuantPlan, recipe: Recipe, blocks: tuple[Block, ...], first: int
-    ) -> tuple[QuantPlan, tuple[LearnedBlock, ...]]:
+    def _learn_blocks(self, plan: QuantPlan) -> tuple[QuantPlan, tuple[LearnedBlock, ...]]:
         import torch
 
         from postquant.calib.learn.block_cache import BlockCache
-        from postquant.calib.learn.learner import LearnedBlock, Learner
+        from postquant.calib.learn.learner import Learner
 
         job, done = self._job, []
-        for index in range(first, first + len(blocks)):
-            saved = job.checkpoint.load(f"learn-{index}")
+        for index in range(len(self._blocks)):
+            saved = self._saved(index)
             if saved is None:
                 break
-            plan, data = saved.plan(), saved.data()
-            done.append(LearnedBlock(**{**data, "layers": tuple(data["layers"])}))
+            plan, block = saved
+            done.append(block)
         if done:
             job.progress.say(f"{len(done)} learned blocks are there already")
-        job.progress.advance(len(done) * recipe.iterations)
-        count, told = first + len(done), 0
+        job.progress.advance(len(done) * self.recipe.iterations)
+        bar, count = _Bar(job.progress, self.recipe.iterations), len(done)
 
         def save(plan: QuantPlan, block: LearnedBlock) -> None:
-            nonlocal count, told
-            job.checkpoint.save(f"learn-{count}", plan=plan, data=dataclasses.asdict(block))
-            job.progress.advance(recipe.iterations - told)
-            count, told = count + 1, 0
-            job.progress.say(f"{block.name}: {_detail(block)}, {block.seconds:.0f} s")
-
-        def progress(block: Block, iteration: int, loss: float) -> None:
-            nonlocal told
-            job.progress.advance(iteration - told)
-            told = iteration
-            job.progress.detail(f"{block.name}, error {loss:.3f}")
+            nonlocal count
+            self._save(count, plan, block, bar)
+            count += 1
 
         learner = Learner(
             self._model,
-            blocks,
-            BlockCache(self._model, blocks, job.source, self._folder, memory=job.config.memory),
-            recipe,
+            self._blocks,
+            BlockCache(self._model, self._blocks, job.source, self._folder, memory=job.config.memory),
+            self.recipe,
             seed=job.config.seed,
             device=torch.device(job.config.device.value),
             threads=self._threads,
         )
-        return learner.run(plan, done=done, save=save, progress=progress)
+        return learner.run(
+            plan, done=done, save=save, progress=lambda block, step, loss: bar.show(block.name, step, loss)
+        )
+
+    def _learn_network(self, plan: QuantPlan, recipe: Recipe) -> tuple[QuantPlan, LearnedBlock]:
+        import torch
+
+        from postquant.calib.learn.network_learner import NAME, learn_network
+
+        job, index = self._job, len(self._blocks)
+        saved = self._saved(index)
+        if saved is not None:
+            return saved
+        bar = _Bar(job.progress, recipe.iterations)
+        plan, network = learn_network(
+            self._model,
+            plan,
+            self._blocks,
+            job.source,
+            recipe,
+            self._folder,
+            memory=job.config.memory,
+            augment=job.config.augment,
+            seed=job.config.seed,
+            device=torch.device(job.config.device.value),
+            threads=self._threads,
+            progress=lambda step, loss: bar.show(NAME, step, loss),
+        )
+        self._save(index, plan, network, bar)
+        return plan, network
+
+    def _saved(self, index: int) -> tuple[QuantPlan, LearnedBlock] | None:
+        """The plan behind a block, and what happened to it, if an earlier run has finished it."""
+        from postquant.calib.learn.learner import LearnedBlock
+
+        saved = self._job.checkpoint.load(f"learn-{index}")
+        if saved is None:
+            return None
+        data = saved.data()
+        return saved.plan(), LearnedBlock(**{**data, "layers": tuple(data["layers"])})
+
+    def _save(self, index: int, plan: QuantPlan, block: LearnedBlock, bar: _Bar) -> None:
+        job = self._job
+        job.checkpoint.save(f"learn-{index}", plan=plan, data=dataclasses.asdict(block))
+        bar.finish()
+        job.progress.say(f"{block.name}: {_detail(block)}, {block.seconds:.0f} s")
+
+
+class _Bar:
+    """Progress of one block after the other, in steps.
+
+    Args:
+        progress: Where it is shown.
+        steps: Of each block.
+    """
+
+    def __init__(self, progress: NullProgress, steps: int) -> None:
+        self._progress = progress
+        self._steps = steps
+        self._told = 0
+
+    def show(self, name: str, step: int, loss: float) -> None:
+        """How far a block is; a second try begins at 0 again, and nothing moves until it is further."""
+        self._progress.advance(max(step - self._told, 0))
+        self._told = max(step, self._told)
+        self._progress.detail(f"{name}, error {loss:.3f}")
+
+    def finish(self) -> None:
+        """The block is done."""
+        self._progress.advance(self._steps - self._told)
+        self._told = 0
 
 
 def _detail(block: LearnedBlock) -> str:

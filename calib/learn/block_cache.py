@@ -142,7 +142,7 @@ class BlockCache:
         except BaseException:
             spool.close()
             raise
-        return BlockSamples(exact, quantized, target, _groups((*exact.values(), target)), spool)
+        return BlockSamples(exact, quantized, target, equal_shapes((*exact.values(), target)), spool)
 
     def _prefix_plan(self, plan: QuantPlan, inputs: Sequence[str], read: Collection[str]) -> QuantPlan:
         """The decisions in front of a block, without the quantizers of inputs that nothing before reads.
@@ -179,7 +179,8 @@ class BlockCache:
         return found
 
 
-def _groups(arrays: Iterable[SampleArrays]) -> tuple[tuple[int, ...], ...]:
+def equal_shapes(arrays: Iterable[SampleArrays]) -> tuple[tuple[int, ...], ...]:
+    """Samples that can form a batch: all their arrays have equal shapes; groups by their first members."""
     listed = list(arrays)
     groups: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for index in range(len(listed[0])):

@@ -190,7 +190,7 @@ class BlockQuantizers:
 
         Args:
             masks: Leaves activations out at random; None quantizes all.
-            hard: Whether weights are rounded.
+            hard: Whether weights, borders and adaptive steps are as they are written.
             all_steps: Whether fixed steps of 8 bits and more are applied as well.
             constants: Learned weights and biases (:meth:`constants`), where several runs share them.
         """
@@ -267,6 +267,7 @@ class BlockQuantizers:
         x: Tensor,
         *,
         masks: DropMasks | None,
+        hard: bool,
         all_steps: bool,
         learned: bool,
         penalties: list[Tensor] | None = None,
@@ -274,7 +275,7 @@ class BlockQuantizers:
         """``x`` behind one quantizer of the plan; what its step adds to the loss goes to ``penalties``."""
         step = self.steps.get(key)
         entry = self._plan.requants.get(key) or self._plan.activations.get(key)
-        if step is not None and learned and (not all_steps or isinstance(step, ActivationQuantizer)):
+        if step is not None and learned and (not hard or isinstance(step, ActivationQuantizer)):
             if isinstance(step, AdaptiveActivation):
                 return step.simulate(x, masks, penalties)
             return step.simulate(x, masks)
@@ -353,6 +354,7 @@ class Reader:
             key,
             x,
             masks=self._masks,
+            hard=self._hard,
             all_steps=self._all_steps,
             learned=self._learned,
             penalties=self._penalties,

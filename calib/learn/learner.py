@@ -1,4 +1,4 @@
-"""Learns a whole network, block after block: :class:`Learner`.
+"""Learns a network block after block: :class:`Learner`.
 
 Blocks are visited from the inputs to the outputs. Each sees the inputs that the already learned part of the network
 gives, and aims at its float output. What a block may learn is what no node in front of it reads: its weights and
@@ -18,12 +18,14 @@ import torch
 
 from postquant.calib.learn.block_borders import with_neutral
 from postquant.calib.learn.block_cache import BlockCache, BlockSamples
+from postquant.calib.learn.block_objective import BlockObjective
 from postquant.calib.learn.block_quantizers import FIXED_BITS, BlockQuantizers
 from postquant.calib.learn.executor import supported
+from postquant.calib.learn.objective import BlockDiffersError
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.read_keys import keys_read
 from postquant.calib.learn.recipe import Borders, Recipe, Rounding
-from postquant.calib.learn.reconstruct import BlockDiffersError, BlockOutcome, reconstruct
+from postquant.calib.learn.reconstruct import BlockOutcome, reconstruct
 from postquant.passes.blocks import Block
 from postquant.passes.free_memory import hold_memory
 from postquant.passes.plan import QuantPlan
@@ -110,7 +112,7 @@ class Learner:
             The plan, and what happened to every block.
         """
         found = list(done)
-        with hold_memory(), _one_thread(), ParallelSteps(self._threads) as steps:
+        with torch_limits(), ParallelSteps(self._threads) as steps:
             for index, block in enumerate(self._blocks[len(done) :], len(done)):
                 plan, learned = self._learn(plan, block, index, steps, progress)
                 found.append(learned)
@@ -138,10 +140,9 @@ class Learner:
         def attempt(recipe: Recipe, samples: BlockSamples) -> tuple[BlockQuantizers, BlockOutcome]:
             quantizers = BlockQuantizers(self._model, plan, nodes, decided, recipe, self._device)
             outcome = reconstruct(
-                nodes,
-                block.output,
+                BlockObjective(nodes, block.output, samples, recipe.batch, self._device, steps),
+                samples.groups,
                 quantizers,
-                samples,
                 recipe,
                 seed=self._seed + index,
                 device=self._device,
@@ -159,23 +160,10 @@ class Learner:
                 if not outcome.kept and self._recipe.rounding is Rounding.FREE:
                     first = outcome
                     quantizers, outcome = attempt(_without_codes(self._recipe), samples)
-                    outcome = dataclasses.replace(
-                        outcome,
-                        iterations=first.iterations + outcome.iterations,
-                        seconds=first.seconds + outcome.seconds,
-                    )
+                    outcome = outcome.after_another(first)
             except BlockDiffersError as error:
                 return given, LearnedBlock(block.name, block.layers, kept=False, reason=str(error))
-        learned = LearnedBlock(
-            block.name,
-            block.layers,
-            kept=outcome.kept,
-            reason=None if outcome.kept else "no better than before on samples that were not learned from",
-            before=_db(outcome.before),
-            after=_db(outcome.after),
-            iterations=outcome.iterations,
-            seconds=outcome.seconds,
-        )
+        learned = learned_block(block.name, block.layers, outcome)
         return quantizers.to_plan(plan) if outcome.kept else given, learned
 
     def _decided(self, plan: QuantPlan, block: Block) -> frozenset[str]:
@@ -184,6 +172,20 @@ class Learner:
         inside = set(block.nodes)
         before = [node for node in self._model.graph if self._place[node.name] < end and node.name not in inside]
         return frozenset(keys_read(self._model, before, plan))
+
+
+def learned_block(name: str, layers: tuple[str, ...], outcome: BlockOutcome) -> LearnedBlock:
+    """What an outcome means for the block of that name."""
+    return LearnedBlock(
+        name,
+        layers,
+        kept=outcome.kept,
+        reason=None if outcome.kept else "no better than before on samples that were not learned from",
+        before=_db(outcome.before),
+        after=_db(outcome.after),
+        iterations=outcome.iterations,
+        seconds=outcome.seconds,
+    )
 
 
 def _without_codes(recipe: Recipe) -> Recipe:
@@ -199,12 +201,13 @@ def _without_codes(recipe: Recipe) -> Recipe:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def torch_limits() -> Iterator[None]:
     """How many threads share a sum changes its last bits: an operator gets one (docs/design-notes.md)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with hold_memory():
+            yield
     finally:
         torch.set_num_threads(threads)
 

@@ -66,6 +66,8 @@ class Recipe:
         adaptive: Statistics by which a step adapts to its sample, a sum as in AdaptiveQuantize; 0 for none. Inputs that
             have an adaptive step have no border.
         adaptive_rate: Of the weights of these statistics; falls to zero along a cosine.
+        features: Weight of the errors between blocks where the whole network is learned, against those of its outputs.
+        judged: Shares of the iterations at which the state is judged, increasing, the last 1.
         temperature: Of the borders' soft gradient at the start and at the end; None for straight through.
     """
 
@@ -86,6 +88,8 @@ class Recipe:
     border_rate: float = 1e-2
     adaptive: int = 0
     adaptive_rate: float = 1e-2
+    features: float = 0.0
+    judged: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     temperature: tuple[float, float] | None = (0.2, 0.05)
 
 
@@ -108,11 +112,12 @@ def judging_samples(count: int, share: float) -> list[int]:
 _ITERATIONS = {Effort.FAST: 500, Effort.NORMAL: 1000, Effort.MAX: 5000}
 _BLOCK_WORK = {Effort.FAST: 7.5e11, Effort.NORMAL: 2e12, Effort.MAX: 1e13}
 _FEWEST_ITERATIONS = 200
-_NETWORK_WORK = {Effort.FAST: 3.5e11, Effort.NORMAL: 7e11, Effort.MAX: 4e12}
+_NETWORK_ITERATIONS = {Effort.FAST: 1000, Effort.NORMAL: 2000, Effort.MAX: 10000}
+_NETWORK_WORK = {Effort.FAST: 1.5e12, Effort.NORMAL: 4e12, Effort.MAX: 2e13}
 # A network of more multiply-accumulates per sample gets smaller batches, so that a step costs the same.
 _BATCH_WORK = 3.2e9
 _LEAST_BATCH, _MOST_BATCH = 8, 32
-# Fewer steps of the whole network than this change nothing. Its blocks are learned already: rates are lower.
+# Fewer steps of the whole network than this change nothing.
 _LEAST_STEPS = 50
 
 
@@ -141,11 +146,15 @@ def network_recipe(effort: Effort, work: float) -> Recipe | None:
         return None
     return dataclasses.replace(
         recipe,
-        iterations=min(steps, _ITERATIONS[effort]),
+        iterations=min(steps, _NETWORK_ITERATIONS[effort]),
         rounding=Rounding.FREE,
         keep=1.0,
-        damping=0.2,
-        rounding_rate=2e-3,
+        damping=0.0,
+        rounding_rate=1.5e-2,
         bias_rate=1e-3,
-        weight_scale_rate=1e-3,
+        weight_scale_rate=2e-3,
+        step_rate=2e-3,
+        features=1.0,
+        # Rates that are too high show early.
+        judged=(0.125, 0.25, 0.5, 0.75, 1.0),
     )

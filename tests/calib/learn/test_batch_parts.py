@@ -27,8 +27,8 @@ def test_parts_hold_every_sample_once_in_order(size: int, count: int) -> None:
         (31 * KIB, 16),
         (32 * KIB, 8),
         (MIB, 8),
-        (2 * MIB, 8),
-        (4 * MIB, 4),
+        (2 * MIB, 5),
+        (4 * MIB, 2),
         (200 * MIB, 1),
     ],
 )

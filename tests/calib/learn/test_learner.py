@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from postquant.calib.input_spec import input_specs
-from postquant.calib.learn import reconstruct
+from postquant.calib.learn import objective
 from postquant.calib.learn.batch_parts import BatchParts
 from postquant.calib.learn.block_borders import with_neutral
 from postquant.calib.learn.block_cache import BlockCache
+from postquant.calib.learn.block_objective import BlockObjective
 from postquant.calib.learn.block_quantizers import BlockQuantizers
 from postquant.calib.learn.executor import constant_values, run_nodes
 from postquant.calib.learn.learner import LearnedBlock, Learner
+from postquant.calib.learn.optimizer import learned_leaves, make_optimizer
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.recipe import Borders, Recipe, Rounding
 from postquant.calib.learn.sample_split import SampleSplit
@@ -166,7 +168,7 @@ def test_learning_again_gives_the_same_bytes_and_goes_on_behind_finished_blocks(
 def test_any_number_of_threads_gives_the_same_bytes(
     case: Case, tmp_path: pathlib.Path, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reconstruct, "batch_parts", lambda kept, batch: BatchParts(size=5, at_once=9))
+    monkeypatch.setattr(objective, "batch_parts", lambda kept, batch: BatchParts(size=5, at_once=9))
     recipe = dataclasses.replace(RECIPE, iterations=20, keep=0.5, **more)
     saved = set()
     for threads in (1, 2, 3):
@@ -190,19 +192,18 @@ def test_gradients_of_parts_are_those_of_the_batch(case: Case, tmp_path: pathlib
     cache = BlockCache(case.model, case.blocks, case.source, tmp_path, memory=1 << 30)
     with cache.load(block, plan) as samples, ParallelSteps(2) as steps:
         split = SampleSplit(samples.groups, 0.125, torch.Generator().manual_seed(0))
-        runs = reconstruct._Block(nodes, block.output, samples, 16, CPU, steps)
+        runs = BlockObjective(nodes, block.output, samples, 16, CPU, steps)
         quantizers.advance(0.0)
         runs.settle(quantizers, split)
         assert quantizers.settled
-        optimizer, _ = reconstruct._optimizer(quantizers, recipe, 1.0)
-        leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
+        leaves = learned_leaves(make_optimizer(quantizers, recipe, runs.bias_sizes(split))[0])
         chosen = split.batch(16)
         reader = quantizers.reader()
-        result = runs.run(runs.inputs(chosen), reader)
+        result = runs.output(chosen, reader)
         loss = (result - samples.target.take(chosen)).square().mean() / runs.variance + reader.penalty()
         expected = torch.autograd.grad(loss, leaves, allow_unused=True)
         runs.parts = BatchParts(size=5, at_once=2)
-        got = runs.backward(chosen, quantizers, None, optimizer)
+        got = runs.backward(chosen, quantizers, None, leaves)
     assert got == pytest.approx(float(loss.detach()), rel=1e-5)
     for leaf, law in zip(leaves, expected, strict=True):
         if law is None:

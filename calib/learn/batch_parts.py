@@ -19,8 +19,8 @@ Tensor = torch.Tensor
 # parts serve more threads, and cost more time between operators.
 _USEFUL = ((4, 256 << 10), (2, 128 << 10))
 # What one part, and all parts in work at the same time, may keep for gradients.
-_PART_BYTES = 128 << 20
-_ALL_BYTES = 384 << 20
+_PART_BYTES = 112 << 20
+_ALL_BYTES = 224 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def batch_parts(kept: Sequence[int], batch: int) -> BatchParts:
         batch: Samples in a batch, at least 1.
 
     >>> batch_parts([64 << 10] * 20, 32)
-    BatchParts(size=8, at_once=38)
+    BatchParts(size=8, at_once=22)
     """
     sample = max(sum(kept), 1)
     tensors = batch * sample / max(len(kept), 1)

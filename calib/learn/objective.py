@@ -152,10 +152,10 @@ class Objective(abc.ABC):
         """Decides into which parts batches are cut; a GPU computes them whole."""
         if self._device.type != "cpu":
             return
-        constants, few = quantizers.constants(), split.few()
+        constants = quantizers.constants()
         shared = (*self._constants.values(), *constants.values())
-        reader = quantizers.reader(constants=constants)
-        kept = kept_bytes(lambda: self.output(few, reader), len(few), shared)
+        (item,) = self.items(split.few()[:1], None)
+        kept = kept_bytes(lambda: self.loss(item, constants, quantizers)[0], 1, shared)
         self.parts = batch_parts(kept, self._batch)
 
     def backward(

@@ -44,30 +44,31 @@ class FakeQuantize(torch.autograd.Function):
             high: Largest code, counted from the zero point, >= 0.
             mask: Shape of ``x``, 1 where an element is quantized and 0 where it stays float; all 1 when None.
         """
-        ratio = x / scale
-        codes = ratio.clamp(low, high).round_()
-        ctx.save_for_backward(ratio, codes, mask if mask is not None else scale)
-        ctx.has_mask, ctx.low, ctx.high, ctx.scalar = mask is not None, low, high, scale.ndim == 0
-        simulated = codes * scale
+        simulated = (x / scale).clamp_(low, high).round_().mul_(scale)
+        # The layer in front and the one behind mostly keep these two as well: so they take no memory.
+        ctx.save_for_backward(x, simulated, scale, mask)
+        ctx.low, ctx.high = low, high
         return simulated if mask is None else torch.lerp(x, simulated, mask)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """The gradients to ``x`` and ``scale``."""
         (grad,) = grads
-        ratio, codes, mask = ctx.saved_tensors
-        quantized = grad * mask if ctx.has_mask else grad
+        x, simulated, scale, mask = ctx.saved_tensors
+        quantized = grad if mask is None else grad * mask
+        ratio = x / scale
         # One pass, where comparing and multiplying by booleans are three.
         inside = torch.ops.aten.hardtanh_backward(quantized, ratio, ctx.low, ctx.high)
         # Outside, codes are the bound itself, and the ratio does not count.
         to_scale = None
-        if ctx.needs_input_grad[1] and ctx.scalar:
-            to_scale = (quantized * codes).sum() - (inside * ratio).sum()
+        if ctx.needs_input_grad[1] and not scale.ndim:
+            to_scale = (quantized * simulated).sum() / scale - ratio.mul_(inside).sum()
         elif ctx.needs_input_grad[1]:  # one step per sample
+            codes = simulated / scale
             to_scale = (quantized * codes - inside * ratio).sum(tuple(range(1, grad.ndim)), keepdim=True)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = inside.add_(grad).sub_(quantized) if ctx.has_mask else inside
+            to_x = inside if mask is None else inside.add_(grad).sub_(quantized)
         return to_x, to_scale, None, None, None
 
 

@@ -95,8 +95,8 @@ def reconstruct(
     before = objective.judge(quantizers.unlearned(), split)
     if _springs(recipe):
         measure_stiffness(
-            quantizers.weights.values(),
-            lambda part: objective.output(part, quantizers.reader()),
+            quantizers.weights,
+            lambda part, constants: objective.output(part, quantizers.reader(constants=constants)),
             lambda: objective.parts.cut(split.batch(recipe.batch)),
             objective.variance,
             generator,

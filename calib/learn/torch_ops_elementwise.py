@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -77,6 +78,27 @@ def _where(node: ir.Node, inputs: Inputs) -> tuple[torch.Tensor, ...]:
     return (torch.where(needed(inputs).to(a.device), a, b),)
 
 
+class _Clip(torch.autograd.Function):
+    """hardtanh that keeps its output, which the next layer mostly keeps as well, and not its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        """Clips ``x``, any shape, to [low, high]."""
+        result = functional.hardtanh(x, low, high)
+        ctx.save_for_backward(result)
+        ctx.low, ctx.high = low, high
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Passes inside of the bounds."""
+        (result,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grads[0], result, ctx.low, ctx.high), None, None
+
+
+_clip_function: Callable[[torch.Tensor, float, float], torch.Tensor] = _Clip.apply
+
+
 def _clip(node: ir.Node, inputs: Inputs) -> tuple[torch.Tensor, ...]:
     """Bounds are attributes before opset 11, inputs from then on; the upper one wins where they cross."""
     x = needed(inputs)
@@ -87,7 +109,7 @@ def _clip(node: ir.Node, inputs: Inputs) -> tuple[torch.Tensor, ...]:
     low, high = min(bounds), bounds[1]
     if x.is_floating_point():
         # Its gradient is one pass; that of a minimum and a maximum took three quarters of MobileNetV2's time.
-        return (functional.hardtanh(x, low, high),)
+        return (_clip_function(x, low, high),)
     x = x if low == -math.inf else x.clamp(min=low)
     return (x if high == math.inf else x.clamp(max=high),)
 

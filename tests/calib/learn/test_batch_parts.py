@@ -20,13 +20,23 @@ def test_parts_hold_every_sample_once_in_order(size: int, count: int) -> None:
 
 @pytest.mark.parametrize(
     ("tensor", "size"),
-    [(KIB, 32), (7 * KIB, 32), (8 * KIB, 16), (31 * KIB, 16), (32 * KIB, 8), (MIB, 8), (2 * MIB, 6), (200 * MIB, 1)],
+    [
+        (KIB, 32),
+        (7 * KIB, 32),
+        (8 * KIB, 16),
+        (31 * KIB, 16),
+        (32 * KIB, 8),
+        (MIB, 8),
+        (2 * MIB, 5),
+        (4 * MIB, 2),
+        (200 * MIB, 1),
+    ],
 )
 def test_parts_are_neither_too_small_for_torch_nor_too_large_for_memory(tensor: int, size: int) -> None:
     parts = batch_parts([tensor] * 10, 32)
     assert parts.size == size
-    assert parts.at_once == 1 or parts.at_once * parts.size * tensor * 10 <= 384 * MIB
-    assert parts.size == 1 or parts.size * tensor * 10 <= 128 * MIB
+    assert parts.at_once == 1 or parts.at_once * parts.size * tensor * 10 <= 224 * MIB
+    assert parts.size == 1 or parts.size * tensor * 10 <= 112 * MIB
 
 
 def test_bytes_are_those_of_tensors_that_gradients_need() -> None:

@@ -30,8 +30,8 @@ def test_stiffness_of_a_linear_layer_is_that_of_its_formula(threads: int) -> Non
     x = torch.from_numpy((rng.standard_normal((400, 5)) * [1, 2, 3, 4, 0]).astype(np.float32))
     with ParallelSteps(threads) as steps:
         measure_stiffness(
-            [weight],
-            lambda part: x[part] @ weight.simulate(hard=False).mT,
+            {"w": weight},
+            lambda part, constants: x[part] @ constants["w"].mT,
             lambda: [range(130), range(130, 400)],
             VARIANCE,
             torch.Generator().manual_seed(0),

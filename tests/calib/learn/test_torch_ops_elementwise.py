@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 Same = Callable[..., Any]
@@ -115,6 +116,23 @@ def test_clip_with_inputs(same_as_onnxruntime: Same, low: float | None, high: fl
     same_as_onnxruntime("Clip", [normal(60), *bounds], fed=1)
     whole = [None if bound is None else np.array(bound, np.int32) for bound in (low, high)]
     same_as_onnxruntime("Clip", [np.arange(-9, 9, dtype=np.int32), *whole], fed=1)
+
+
+def test_the_gradient_of_clip_is_that_of_clamp(op_node: Callable[..., ir.Node]) -> None:
+    import torch
+
+    from postquant.calib.learn.executor import run_nodes
+
+    values = torch.from_numpy(normal(200)).requires_grad_()
+    node = op_node("Clip", [normal(200)], opset=6, min=-1.0, max=0.5)
+    weights = torch.from_numpy(normal(200, seed=1))
+    results = {"x0": values}
+    run_nodes([node], results)
+    found, expected = (
+        torch.autograd.grad((result * weights).sum(), values)[0] for result in (results["y0"], values.clamp(-1, 0.5))
+    )
+    assert torch.equal(found, expected)
+    assert 0 < (found == 0).float().mean() < 1
 
 
 @pytest.mark.parametrize("to", [onnx.TensorProto.INT64, onnx.TensorProto.BOOL, onnx.TensorProto.FLOAT])

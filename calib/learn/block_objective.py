@@ -15,10 +15,11 @@ import onnx_ir as ir
 import torch
 
 from postquant.calib.learn.block_cache import BlockSamples
-from postquant.calib.learn.block_quantizers import BlockQuantizers, Reader
+from postquant.calib.learn.block_quantizers import BlockQuantizers
 from postquant.calib.learn.objective import Objective
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.quantizers import DropMasks
+from postquant.calib.learn.reader import Reader
 
 Tensor = torch.Tensor
 _Item = tuple[list[int], DropMasks | None]

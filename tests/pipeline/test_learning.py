@@ -15,7 +15,7 @@ from postquant.calib.learn.recipe import recipe_for
 from postquant.passes.place import PlacementSettings, place
 from postquant.passes.plan import QuantPlan
 from postquant.passes.target import load_target
-from postquant.pipeline import learning
+from postquant.pipeline import learning_run
 from postquant.pipeline.api import quantize
 from postquant.pipeline.config import Border, Method, QuantConfig, Weights
 from postquant.pipeline.learning import learning_blocks
@@ -71,8 +71,8 @@ def test_errors_of_blocks_are_weighed_where_that_is_asked_for(
         if os.environ.get("CI") == "true":
             pytest.fail("torch is not installed")
         pytest.skip("torch is not installed")
-    monkeypatch.setattr(learning, "recipe_for", lambda *a: dataclasses.replace(recipe_for(*a), iterations=12))
-    monkeypatch.setattr(learning, "network_recipe", lambda *a: None)
+    monkeypatch.setattr(learning_run, "recipe_for", lambda *a: dataclasses.replace(recipe_for(*a), iterations=12))
+    monkeypatch.setattr(learning_run, "network_recipe", lambda *a: None)
     rng = np.random.default_rng(0)
     proto = onnx.parser.parse_model(CHAIN)
     for index in range(4):

@@ -68,6 +68,7 @@ class Recipe:
         adaptive_rate: Of the weights of these statistics; falls to zero along a cosine.
         features: Weight of the errors between blocks where the whole network is learned, against those of its outputs.
         judged: Shares of the iterations at which the state is judged, increasing, the last 1.
+        hopeless: Learning ends where the judged loss is so many times the best one.
         temperature: Of the borders' soft gradient at the start and at the end; None for straight through.
     """
 
@@ -90,6 +91,7 @@ class Recipe:
     adaptive_rate: float = 1e-2
     features: float = 0.0
     judged: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    hopeless: float = 1.5
     temperature: tuple[float, float] | None = (0.2, 0.05)
 
 
@@ -159,4 +161,6 @@ def network_recipe(effort: Effort, work: float) -> Recipe | None:
         features=1.0,
         # Rates that are too high show early.
         judged=(0.125, 0.25, 0.5, 0.75, 1.0),
+        # A few judging samples whose class changes on the way can double the error of outputs behind a Softmax.
+        hopeless=2.5,
     )

@@ -26,8 +26,6 @@ from postquant.calib.learn.sample_split import SampleSplit
 Tensor = torch.Tensor
 # How often it says how far it is.
 _TOLD = 50
-# A loss of so many times the best one does not come back.
-_HOPELESS = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +104,7 @@ def reconstruct(
     masks = DropMasks(generator, device, recipe.keep) if recipe.keep < 1 else None
     optimizer, schedule = make_optimizer(quantizers, recipe, objective.bias_sizes(split))
     leaves = learned_leaves(optimizer)
-    best = _Best(leaves, quantizers, before)
+    best = _Best(leaves, quantizers, before, recipe.hopeless)
     points = {math.ceil(recipe.iterations * share) for share in recipe.judged}
     for iteration in range(recipe.iterations):
         schedule(iteration)
@@ -138,13 +136,15 @@ class _Best:
         leaves: The state.
         quantizers: What they have beside that.
         before: Without learning.
+        hopeless: A loss of so many times the best one does not come back.
 
     Attributes:
         after: Of the learned state with the smallest loss.
         hopeless: Whether the last state was far worse than the best one or no learning.
     """
 
-    def __init__(self, leaves: Sequence[Tensor], quantizers: BlockQuantizers, before: Judged) -> None:
+    def __init__(self, leaves: Sequence[Tensor], quantizers: BlockQuantizers, before: Judged, hopeless: float) -> None:
+        self._limit = hopeless
         self._quantizers = quantizers
         self._leaves = leaves
         self._state = [leaf.detach().clone() for leaf in leaves]
@@ -154,7 +154,7 @@ class _Best:
 
     def judge(self, found: Judged) -> None:
         """Keeps the present state if its loss is the smallest so far."""
-        self.hopeless = not found.loss <= _HOPELESS * min(self.after.loss, self._before.loss)
+        self.hopeless = not found.loss <= self._limit * min(self.after.loss, self._before.loss)
         if found.loss < self.after.loss:
             self.after, self._state = found, [leaf.detach().clone() for leaf in self._leaves]
             self._quantizers.remember()

@@ -56,7 +56,8 @@ from postquant.pipeline import stages
 from postquant.pipeline.api import quantize
 from postquant.pipeline.config import Border, QuantConfig, Weights
 from postquant.pipeline.inputs import open_calibration
-from postquant.pipeline.learning import ADAPTIVE_FEATURES, learning_blocks
+from postquant.pipeline.learning import learning_blocks
+from postquant.pipeline.learning_run import ADAPTIVE_FEATURES
 from postquant.pipeline.load import load_model, save_model
 from postquant.runtime_ops.library import library_path
 

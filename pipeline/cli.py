@@ -98,6 +98,7 @@ def quantize(
     learn: Annotated[bool | None, option("learn")] = None,
     effort: Annotated[str | None, option("effort")] = None,
     max_layers: Annotated[str | None, option("max_layers")] = None,
+    fisher: Annotated[bool | None, option("fisher")] = None,
     augment: Annotated[bool | None, option("augment")] = None,
     memory: Annotated[str | None, option("memory")] = None,
     device: Annotated[str | None, option("device")] = None,

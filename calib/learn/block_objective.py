@@ -2,8 +2,9 @@
 
     L = |f(x_in) - y|^2 / |y - mean y|^2
 
-``x_in`` comes from the already quantized prefix, ``y`` from the float network. With QDrop's masks a part of the input
-comes from the float network, and a part of the activations inside is not quantized.
+``x_in`` comes from the already quantized prefix, ``y`` from the float network. Where the elements of y do not count the
+same (:mod:`postquant.calib.learn.fisher`), every squared error is multiplied by what it counts. With QDrop's masks a
+part of the input comes from the float network, and a part of the activations inside is not quantized.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import onnx_ir as ir
 import torch
 
 from postquant.calib.learn.block_cache import BlockSamples
-from postquant.calib.learn.block_quantizers import BlockQuantizers, Reader
+from postquant.calib.learn.block_quantizers import BlockQuantizers
 from postquant.calib.learn.objective import Objective
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.quantizers import DropMasks
+from postquant.calib.learn.reader import Reader
 
 Tensor = torch.Tensor
 _Item = tuple[list[int], DropMasks | None]
@@ -33,6 +35,8 @@ class BlockObjective(Objective):
         batch: Samples per step.
         device: Where.
         steps: Threads for the parts of a batch.
+        importance: What every element of the output counts, of mean 1; None for 1
+            (:class:`postquant.calib.learn.fisher.Importance`).
     """
 
     def __init__(
@@ -43,10 +47,12 @@ class BlockObjective(Objective):
         batch: int,
         device: torch.device,
         steps: ParallelSteps,
+        importance: Tensor | None = None,
     ) -> None:
         super().__init__(nodes, batch, device, steps)
         self._output = output
         self._samples = samples
+        self._importance = None if importance is None else _fitting(importance, samples).to(device)
         total, square, count = 0.0, 0.0, 0
         for index in range(0, len(samples), max(len(samples) // 64, 1)):
             part = samples.target.take([index]).double()
@@ -66,27 +72,32 @@ class BlockObjective(Objective):
         return {self._output: self._samples.target.take([index])}
 
     def output(self, part: Sequence[int], reader: Reader) -> Tensor:
-        """The block's output."""
-        return self._run(self.inputs(part), reader)
+        """The block's output, in units in which every squared error counts 1."""
+        result = self._run(self.inputs(part), reader)
+        return result if self._importance is None else result * self._importance.sqrt()
 
     def items(self, chosen: Sequence[int], masks: DropMasks | None) -> list[_Item]:
         """Samples and masks of every part."""
         return [(part, None if masks is None else masks.part()) for part in self.parts.cut(chosen)]
 
     def loss(self, item: _Item, constants: Mapping[str, Tensor], quantizers: BlockQuantizers) -> tuple[Tensor, int]:
-        """Relative error of the output."""
+        """Relative error of the output, each element by what it counts."""
         part, masks = item
         reader = quantizers.reader(masks=masks, constants=constants)
         result = self._run(self._mixed(part, masks), reader)
-        error = (result - self.take(self._samples.target, part)).square().mean() / self.variance
+        square = (result - self.take(self._samples.target, part)).square()
+        error = self._counted(square).mean() / self.variance
         return error + reader.penalty(), len(part)
 
     def judged_sums(self, part: Sequence[int], reader: Reader) -> tuple[float, float, int]:
-        """Of squared errors, and the number of elements."""
-        result = self.output(part, reader)
+        """Of squared errors, by what they count and as they are, and the number of elements."""
+        result = self._run(self.inputs(part), reader)
         square = (result - self.take(self._samples.target, part)).square()
-        error = float(square.double().sum()) / self.variance
-        return error, error, result.numel()
+        loss, error = (float(of.double().sum()) / self.variance for of in (self._counted(square), square))
+        return loss, error, result.numel()
+
+    def _counted(self, square: Tensor) -> Tensor:
+        return square if self._importance is None else square * self._importance
 
     def _run(self, inputs: Mapping[str, Tensor], reader: Reader) -> Tensor:
         return self.run(inputs, reader, (self._output,))[self._output]
@@ -102,3 +113,11 @@ class BlockObjective(Objective):
             floating = values.is_floating_point() and exact is not self._samples.quantized[name]
             result[name] = torch.lerp(self.take(exact, chosen), values, masks.like(values)) if floating else values
         return result
+
+
+def _fitting(importance: Tensor, samples: BlockSamples) -> Tensor:
+    """Averaged along the axes in which some sample has another length than those that it was measured on."""
+    for axis in range(1, importance.ndim):
+        if any(samples.target.shape(index)[axis] != importance.shape[axis] for index in range(len(samples))):
+            importance = importance.mean(axis, keepdim=True)
+    return importance

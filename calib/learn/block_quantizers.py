@@ -28,6 +28,7 @@ from postquant.calib.learn.quantizers import (
     fake_quantize,
 )
 from postquant.calib.learn.read_keys import integer_nodes, keys_read, stored_key
+from postquant.calib.learn.reader import Reader
 from postquant.calib.learn.recipe import Recipe
 from postquant.calib.learn.weights import WeightQuantizer, weight_quantizer
 from postquant.passes import semantics
@@ -292,73 +293,6 @@ class BlockQuantizers:
         scale = torch.as_tensor(entry.scale, device=x.device)
         mask = None if masks is None else masks.like(x)
         return fake_quantize(x, scale, entry.spec.qmin - point, entry.spec.qmax - point, mask)
-
-
-class Reader:
-    """The executor's ``read``: one object for one run through the block; see :meth:`BlockQuantizers.reader`."""
-
-    def __init__(
-        self,
-        owner: BlockQuantizers,
-        *,
-        masks: DropMasks | None,
-        hard: bool,
-        all_steps: bool,
-        learned: bool,
-        constants: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self._owner = owner
-        self._masks = masks
-        self._hard = hard
-        self._all_steps = all_steps
-        self._learned = learned
-        self._constants = {} if constants is None else constants
-        self._stored: dict[tuple[str, str], Tensor] = {}
-        self._penalties: list[Tensor] = []
-
-    def another(self) -> Reader:
-        """One with the same settings, for another run through the block, in this thread or another."""
-        return Reader(
-            self._owner,
-            masks=self._masks,
-            hard=self._hard,
-            all_steps=self._all_steps,
-            learned=self._learned,
-            constants=self._constants,
-        )
-
-    def penalty(self) -> Tensor | float:
-        """What the steps add to the loss of the run, mean over its samples."""
-        return sum(self._penalties, 0.0)
-
-    def __call__(self, node: ir.Node, index: int, name: str, tensor: Tensor) -> Tensor:
-        """What the node computes with in place of ``tensor``."""
-        value = node.inputs[index]
-        assert value is not None
-        if semantics.is_constant(value):
-            if name in self._constants:
-                return self._constants[name]
-            constant = self._owner.constant(name, hard=self._hard, learned=self._learned)
-            return tensor if constant is None else constant
-        key = self._owner.stored(node, value)
-        if key is not None:
-            # All readers of a value see the same codes.
-            if (name, key) not in self._stored:
-                self._stored[name, key] = self._quantize(key, tensor)
-            tensor = self._stored[name, key]
-        own = f"{node.name}:{index}"
-        return self._quantize(own, tensor) if own in self._owner.requants else tensor
-
-    def _quantize(self, key: str, x: Tensor) -> Tensor:
-        return self._owner.quantize(
-            key,
-            x,
-            masks=self._masks,
-            hard=self._hard,
-            all_steps=self._all_steps,
-            learned=self._learned,
-            penalties=self._penalties,
-        )
 
 
 def _layer(node: ir.Node, plan: QuantPlan) -> _Layer | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 import torch
@@ -69,6 +69,8 @@ class Learner:
         seed: Of everything random.
         device: Where.
         threads: Parts of a batch that are computed at the same time on the CPU, at least 1; never changes the result.
+        importance: Name of a block's output -> what its elements count
+            (:func:`postquant.calib.learn.fisher.measure_importance`); they count the same where it is missing.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Learner:
         seed: int,
         device: torch.device,
         threads: int = 1,
+        importance: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self._threads = threads if device.type == "cpu" else 1
         self._nodes = {node.name: node for node in model.graph}
@@ -91,6 +94,7 @@ class Learner:
         self._recipe = recipe
         self._seed = seed
         self._device = device
+        self._importance = importance or {}
 
     def run(
         self,
@@ -140,7 +144,15 @@ class Learner:
         def attempt(recipe: Recipe, samples: BlockSamples) -> tuple[BlockQuantizers, BlockOutcome]:
             quantizers = BlockQuantizers(self._model, plan, nodes, decided, recipe, self._device)
             outcome = reconstruct(
-                BlockObjective(nodes, block.output, samples, recipe.batch, self._device, steps),
+                BlockObjective(
+                    nodes,
+                    block.output,
+                    samples,
+                    recipe.batch,
+                    self._device,
+                    steps,
+                    self._importance.get(block.output),
+                ),
                 samples.groups,
                 quantizers,
                 recipe,

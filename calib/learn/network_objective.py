@@ -18,11 +18,12 @@ import onnx_ir as ir
 import torch
 
 from postquant.calib.learn.augment import Augmentation
-from postquant.calib.learn.block_quantizers import BlockQuantizers, Reader
+from postquant.calib.learn.block_quantizers import BlockQuantizers
 from postquant.calib.learn.network_samples import NetworkSamples
 from postquant.calib.learn.objective import Objective
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.quantizers import DropMasks
+from postquant.calib.learn.reader import Reader
 from postquant.passes.session import make_session
 
 Tensor = torch.Tensor

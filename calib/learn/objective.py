@@ -13,10 +13,11 @@ import onnx_ir as ir
 import torch
 
 from postquant.calib.learn.batch_parts import BatchParts, batch_parts, kept_bytes
-from postquant.calib.learn.block_quantizers import BlockQuantizers, Reader
+from postquant.calib.learn.block_quantizers import BlockQuantizers
 from postquant.calib.learn.executor import constant_values, run_nodes
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.quantizers import DropMasks
+from postquant.calib.learn.reader import Reader
 from postquant.calib.learn.sample_arrays import SampleArrays
 from postquant.calib.learn.sample_split import SampleSplit
 from postquant.passes import semantics

@@ -141,6 +141,8 @@ def network_recipe(effort: Effort, work: float) -> Recipe | None:
         work: Multiply-accumulates of the network for one sample.
     """
     recipe = recipe_for(effort, work)
+    # Smaller batches have noisier gradients, and Adam makes steps of the same size of them.
+    rate = recipe.batch / _MOST_BATCH
     steps = int(_NETWORK_WORK[effort] / (max(work, 1.0) * recipe.batch))
     if steps < _LEAST_STEPS:
         return None
@@ -150,10 +152,10 @@ def network_recipe(effort: Effort, work: float) -> Recipe | None:
         rounding=Rounding.FREE,
         keep=1.0,
         damping=0.0,
-        rounding_rate=1.5e-2,
-        bias_rate=1e-3,
-        weight_scale_rate=2e-3,
-        step_rate=2e-3,
+        rounding_rate=1.5e-2 * rate,
+        bias_rate=1e-3 * rate,
+        weight_scale_rate=2e-3 * rate,
+        step_rate=2e-3 * rate,
         features=1.0,
         # Rates that are too high show early.
         judged=(0.125, 0.25, 0.5, 0.75, 1.0),

@@ -66,6 +66,7 @@ def test_every_key_can_be_read_from_a_file(tmp_path: pathlib.Path) -> None:
         learn = true
         effort = "fast"
         max_layers = 2
+        fisher = true
         augment = false
         memory = "500MB"
         device = "cuda"

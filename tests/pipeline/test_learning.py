@@ -1,6 +1,9 @@
-"""Which layers share a block where widths differ."""
+"""Which layers share a block where widths differ, and what errors of blocks count."""
 
 import dataclasses
+import importlib.util
+import os
+import pathlib
 
 import numpy as np
 import onnx
@@ -8,10 +11,15 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
+from postquant.calib.learn.recipe import recipe_for
 from postquant.passes.place import PlacementSettings, place
 from postquant.passes.plan import QuantPlan
 from postquant.passes.target import load_target
+from postquant.pipeline import learning_run
+from postquant.pipeline.api import quantize
+from postquant.pipeline.config import Border, Method, QuantConfig, Weights
 from postquant.pipeline.learning import learning_blocks
+from postquant.runtime_ops.errors import ConfigError
 from postquant.runtime_ops.quantizer import TensorQuantizer
 from postquant.runtime_ops.spec import QuantSpec
 
@@ -54,3 +62,46 @@ def test_only_layers_of_8_bits_are_alone(bits: list[int], blocks: list[list[str]
 
 def test_where_all_layers_have_8_bits_they_share_blocks() -> None:
     assert max(len(block.layers) for block in learning_blocks(*_decided([8, 8, 8, 8]))) > 1
+
+
+def test_errors_of_blocks_are_weighed_where_that_is_asked_for(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec("torch") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("torch is not installed")
+        pytest.skip("torch is not installed")
+    monkeypatch.setattr(learning_run, "recipe_for", lambda *a: dataclasses.replace(recipe_for(*a), iterations=12))
+    monkeypatch.setattr(learning_run, "network_recipe", lambda *a: None)
+    rng = np.random.default_rng(0)
+    proto = onnx.parser.parse_model(CHAIN)
+    for index in range(4):
+        weight = rng.standard_normal((4, 4)).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, f"w{index}"))
+    feeds = [{"x": rng.standard_normal((1, 4)).astype(np.float32)} for _ in range(24)]
+    plans, notes, count = [], [], 0
+    for fisher in (False, True):
+        config = QuantConfig(
+            wbits=3,
+            abits=3,
+            method=Method.MSE,
+            weights=Weights.INT,
+            border=Border.OFF,
+            learn=True,
+            fisher=fisher,
+            verify_samples=4,
+            bundle=False,
+        )
+        report = quantize(proto, feeds, config, out=tmp_path / str(fisher)).report
+        assert all(check.passed for check in report.checks)
+        notes.append([note for note in report.notes if "errors of" in note])
+        count = sum(stage.name.startswith("learn ") for stage in report.stages)
+        plans.append((tmp_path / str(fisher) / "plan.safetensors").read_bytes())
+    told = f"errors of {count} of {count} blocks are weighed by squared gradients of the network's outputs"
+    assert notes == [[], [told]]
+    assert plans[0] != plans[1]
+
+
+def test_errors_are_weighed_only_where_blocks_are_learned() -> None:
+    with pytest.raises(ConfigError, match="learn = true"):
+        QuantConfig(fisher=True)

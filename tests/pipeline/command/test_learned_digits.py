@@ -15,7 +15,7 @@ import pytest
 
 from postquant.calib.learn.recipe import Effort, recipe_for
 from postquant.passes.target import WeightStorage
-from postquant.pipeline import learning
+from postquant.pipeline import learning_run
 from postquant.pipeline.api import quantize
 from postquant.pipeline.config import Border, Method, QuantConfig, Weights
 from postquant.pipeline.demo.digits import load_digits
@@ -40,8 +40,8 @@ def test_learned_digits(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch)
         if os.environ.get("CI") == "true":
             pytest.fail("torch is not installed")
         pytest.skip("torch is not installed")
-    monkeypatch.setattr(learning, "recipe_for", lambda *a: dataclasses.replace(recipe_for(*a), **FEW))
-    monkeypatch.setattr(learning, "network_recipe", lambda *a: None)
+    monkeypatch.setattr(learning_run, "recipe_for", lambda *a: dataclasses.replace(recipe_for(*a), **FEW))
+    monkeypatch.setattr(learning_run, "network_recipe", lambda *a: None)
     digits = load_digits()
     feeds = [{"image": digits.calibration[index : index + 1]} for index in range(96)]
     config = QuantConfig(

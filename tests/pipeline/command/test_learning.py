@@ -14,7 +14,7 @@ from collections.abc import Callable
 import pytest
 from typer.testing import CliRunner
 
-from postquant.pipeline import learning
+from postquant.pipeline import learning_run
 from postquant.pipeline.cli import app
 from postquant.pipeline.report import Report
 
@@ -22,7 +22,7 @@ STEPS = 10
 # With few steps; killed right after the named stage was saved.
 _KILLED = f"""
 import dataclasses, os, signal
-import postquant.pipeline.learning as learning
+import postquant.pipeline.learning_run as learning
 from postquant.pipeline.checkpoint import Checkpoint
 recipes = learning.recipe_for, learning.network_recipe
 learning.recipe_for = lambda *arguments: dataclasses.replace(recipes[0](*arguments), iterations={STEPS})
@@ -57,8 +57,10 @@ def _killed(arguments: list[str], stage: str) -> int:
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Learning takes a moment."""
     for name in ("recipe_for", "network_recipe"):
-        recipe = getattr(learning, name)
-        monkeypatch.setattr(learning, name, lambda *a, recipe=recipe: dataclasses.replace(recipe(*a), iterations=STEPS))
+        recipe = getattr(learning_run, name)
+        monkeypatch.setattr(
+            learning_run, name, lambda *a, recipe=recipe: dataclasses.replace(recipe(*a), iterations=STEPS)
+        )
 
 
 def _bytes(folder: pathlib.Path) -> list[bytes]:

@@ -93,7 +93,8 @@ def learn_network(
         )
         return quantizers, outcome
 
-    with torch_limits(), ParallelSteps(threads) as steps, NetworkSamples(source, folder, memory=memory) as samples:
+    workers = threads if device.type == "cpu" else 1
+    with torch_limits(), ParallelSteps(workers) as steps, NetworkSamples(source, folder, memory=memory) as samples:
         try:
             quantizers, outcome = attempt(recipe)
             if outcome.hopeless:

@@ -1,9 +1,10 @@
 """Parts of a batch give the gradients of the whole batch, and the same bytes with any number of threads."""
 
 import _thread
+import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -140,6 +141,15 @@ def test_errors_reach_the_caller_and_end_the_work(threads: int) -> None:
         assert found == [1, 2]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handler, which a shell turns off for what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_interrupt_ends_the_work(threads: int) -> None:
     begun: list[int] = []

@@ -117,9 +117,10 @@ class LearningRun:
 
         job, index = self._job, len(self._blocks)
         saved = self._saved(index)
-        if saved is not None:
-            return saved
         bar = _Bar(job.progress, recipe.iterations)
+        if saved is not None:
+            bar.finish()
+            return saved
         plan, network = learn_network(
             self._model,
             plan,

@@ -97,7 +97,7 @@ def learn_network(
     with torch_limits(), ParallelSteps(workers) as steps, NetworkSamples(source, folder, memory=memory) as samples:
         try:
             quantizers, outcome = attempt(recipe)
-            if outcome.hopeless:
+            if outcome.hopeless and not outcome.kept:
                 first = outcome
                 quantizers, outcome = attempt(_lower(recipe))
                 outcome = outcome.after_another(first)

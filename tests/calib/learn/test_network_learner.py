@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from postquant.calib.input_spec import input_specs
+from postquant.calib.learn import network_learner
 from postquant.calib.learn.block_quantizers import BlockQuantizers
 from postquant.calib.learn.learner import LearnedBlock
 from postquant.calib.learn.network_learner import learn_network
@@ -18,6 +20,7 @@ from postquant.calib.learn.network_objective import NetworkObjective
 from postquant.calib.learn.network_samples import NetworkSamples
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.recipe import Recipe
+from postquant.calib.learn.reconstruct import BlockOutcome, reconstruct
 from postquant.calib.observers import MinMax
 from postquant.calib.open_source import open_source
 from postquant.calib.ranges import method_ranges
@@ -163,6 +166,22 @@ def test_rates_that_are_too_high_end_early_and_are_lowered(case: Case, tmp_path:
     network = case.learn(tmp_path, recipe)[1]
     # Two steps until the first judgement, twice at most.
     assert network.iterations in (2 + 2, 2 + 16)
+
+
+def test_what_was_better_before_it_became_hopeless_is_kept(
+    case: Case, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes: list[BlockOutcome] = []
+
+    def hopeless(*arguments: Any, **options: Any) -> BlockOutcome:
+        outcomes.append(dataclasses.replace(reconstruct(*arguments, **options), hopeless=True))
+        return outcomes[-1]
+
+    monkeypatch.setattr(network_learner, "reconstruct", hopeless)
+    plan, network = case.learn(tmp_path)
+    assert len(outcomes) == 1
+    assert network.kept
+    assert plan is not case.plan
 
 
 def test_a_network_that_gets_worse_keeps_what_it_had(case: Case, tmp_path: pathlib.Path) -> None:

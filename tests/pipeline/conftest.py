@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -142,6 +144,15 @@ class Cases:
         plan = place(model, load_target(TARGETS / "onnxruntime.toml"), settings or PlacementSettings())
         plan = with_ranges(model, plan, samples)
         return Case(model, plan, emit(model, plan, **options), samples)
+
+
+@pytest.fixture
+def torch_installed() -> None:
+    """Without torch the test is skipped; with ``CI=true`` it fails."""
+    if importlib.util.find_spec("torch") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("torch is not installed")
+        pytest.skip("torch is not installed")
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import os
 import pathlib
 
 import numpy as np
@@ -30,11 +28,7 @@ from postquant.runtime_ops.quantizer import TensorQuantizer
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Learning takes a moment; without torch the test is skipped; with ``CI=true`` it fails."""
-    if importlib.util.find_spec("torch") is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("torch is not installed")
-        pytest.skip("torch is not installed")
+    """Learning takes a moment."""
     for name in ("recipe_for", "network_recipe"):
         recipe = getattr(learning_run, name)
         monkeypatch.setattr(
@@ -42,7 +36,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
-@pytest.mark.usefixtures("few_steps")
+@pytest.mark.usefixtures("torch_installed", "few_steps")
 @pytest.mark.parametrize("border", [Border.LEARNED_OWN, Border.LEARNED_NEIGHBOURS])
 def test_what_was_learned_is_what_the_file_computes(border: Border, tmp_path: pathlib.Path) -> None:
     digits = load_digits()
@@ -72,7 +66,7 @@ def test_what_was_learned_is_what_the_file_computes(border: Border, tmp_path: pa
     assert right > 0.5, right
 
 
-@pytest.mark.usefixtures("few_steps")
+@pytest.mark.usefixtures("torch_installed", "few_steps")
 def test_an_adaptive_step_is_what_the_file_computes(tmp_path: pathlib.Path) -> None:
     digits = load_digits()
     feeds = [{"image": digits.calibration[index : index + 1]} for index in range(48)]

@@ -1,8 +1,6 @@
 """Which layers share a block where widths differ, and what errors of blocks count."""
 
 import dataclasses
-import importlib.util
-import os
 import pathlib
 
 import numpy as np
@@ -64,13 +62,10 @@ def test_where_all_layers_have_8_bits_they_share_blocks() -> None:
     assert max(len(block.layers) for block in learning_blocks(*_decided([8, 8, 8, 8]))) > 1
 
 
+@pytest.mark.usefixtures("torch_installed")
 def test_errors_of_blocks_are_weighed_where_that_is_asked_for(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if importlib.util.find_spec("torch") is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("torch is not installed")
-        pytest.skip("torch is not installed")
     monkeypatch.setattr(learning_run, "recipe_for", lambda *a: dataclasses.replace(recipe_for(*a), iterations=12))
     monkeypatch.setattr(learning_run, "network_recipe", lambda *a: None)
     rng = np.random.default_rng(0)

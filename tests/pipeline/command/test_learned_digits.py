@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import os
 import pathlib
 from typing import Any
 
@@ -35,11 +33,8 @@ def _sqnr(exact: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> flo
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("torch_installed")
 def test_learned_digits(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if importlib.util.find_spec("torch") is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("torch is not installed")
-        pytest.skip("torch is not installed")
     monkeypatch.setattr(learning_run, "recipe_for", lambda *a: dataclasses.replace(recipe_for(*a), **FEW))
     monkeypatch.setattr(learning_run, "network_recipe", lambda *a: None)
     digits = load_digits()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import pathlib
 import signal
@@ -36,15 +35,6 @@ Checkpoint.save = save
 from postquant.pipeline.cli import main
 main()
 """
-
-
-@pytest.fixture
-def torch_installed() -> None:
-    """Without torch the test is skipped; with ``CI=true`` it fails."""
-    if importlib.util.find_spec("torch") is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("torch is not installed")
-        pytest.skip("torch is not installed")
 
 
 def _killed(arguments: list[str], stage: str) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from postquant.runtime_ops.quantizer import TensorQuantizer
 
 # A learned scale stays within this factor of its start: a step that collapses never comes back.
 _MOST_FACTOR = 4.0
+# Elements that are worked on together: a handful of such arrays fits into the cache of one core.
+_PIECE = 1 << 16
 Tensor = torch.Tensor
 
 
@@ -44,7 +46,9 @@ class FakeQuantize(torch.autograd.Function):
             high: Largest code, counted from the zero point, >= 0.
             mask: Shape of ``x``, 1 where an element is quantized and 0 where it stays float; all 1 when None.
         """
-        simulated = (x / scale).clamp_(low, high).round_().mul_(scale)
+        simulated = torch.empty_like(x)
+        for values, result in _pieces(scale, x, simulated):
+            torch.div(values, scale, out=result).clamp_(low, high).round_().mul_(scale)
         # The layer in front and the one behind mostly keep these two as well: so they take no memory.
         ctx.save_for_backward(x, simulated, scale, mask)
         ctx.low, ctx.high = low, high
@@ -55,21 +59,54 @@ class FakeQuantize(torch.autograd.Function):
         """The gradients to ``x`` and ``scale``."""
         (grad,) = grads
         x, simulated, scale, mask = ctx.saved_tensors
-        quantized = grad if mask is None else grad * mask
-        ratio = x / scale
-        # One pass, where comparing and multiplying by booleans are three.
-        inside = torch.ops.aten.hardtanh_backward(quantized, ratio, ctx.low, ctx.high)
-        # Outside, codes are the bound itself, and the ratio does not count.
-        to_scale = None
-        if ctx.needs_input_grad[1] and not scale.ndim:
-            to_scale = (quantized * simulated).sum() / scale - ratio.mul_(inside).sum()
-        elif ctx.needs_input_grad[1]:  # one step per sample
-            codes = simulated / scale
-            to_scale = (quantized * codes - inside * ratio).sum(tuple(range(1, grad.ndim)), keepdim=True)
-        to_x = None
-        if ctx.needs_input_grad[0]:
-            to_x = inside if mask is None else inside.add_(grad).sub_(quantized)
-        return to_x, to_scale, None, None, None
+        to_x = torch.empty_like(x)
+        to_scale: list[Tensor] = []
+        masks = () if mask is None else (mask,)
+        for g, values, rounded, inside, *kept in _pieces(scale, grad, x, simulated, to_x, *masks):
+            quantized = g * kept[0] if kept else g
+            ratio = values / scale
+            # One pass, where comparing and multiplying by booleans are three.
+            torch.ops.aten.hardtanh_backward.grad_input(quantized, ratio, ctx.low, ctx.high, grad_input=inside)
+            # Outside, codes are the bound itself, and the ratio does not count.
+            if ctx.needs_input_grad[1] and not scale.ndim:
+                to_scale.append((quantized * rounded).sum() / scale - ratio.mul_(inside).sum())
+            elif ctx.needs_input_grad[1]:  # one step per sample
+                codes = rounded / scale
+                to_scale.append((quantized * codes - inside * ratio).sum(tuple(range(1, g.ndim)), keepdim=True))
+            if kept:
+                inside.add_(g).sub_(quantized)
+        return (
+            to_x if ctx.needs_input_grad[0] else None,
+            torch.stack(to_scale).sum(0) if to_scale else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _pieces(scale: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same elements of every tensor, as views that fit into a core's cache together.
+
+    A chain of element-wise operators waits for memory: on a piece, only the first reads it and the last writes it.
+    Where the pieces are cut follows from the tensors alone, so that sums over them are always the same.
+
+    Args:
+        scale: () for one scale; with one per sample, tensors stay whole.
+        tensors: Of one shape; they stay whole where they lie in memory in different orders or with gaps.
+    """
+    size = tensors[0].numel()
+    if scale.ndim or size <= _PIECE or tensors[0].device.type != "cpu" or not _same_order(tensors):
+        yield tensors
+        return
+    flat = [tensor.as_strided((size,), (1,)) for tensor in tensors]
+    for first in range(0, size, _PIECE):
+        yield tuple(tensor[first : first + _PIECE] for tensor in flat)
+
+
+def _same_order(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors of one shape hold the same elements at the same distances, without gaps."""
+    formats = [torch.contiguous_format, *([torch.channels_last] if tensors[0].ndim == 4 else [])]
+    return any(all(tensor.is_contiguous(memory_format=order) for tensor in tensors) for order in formats)
 
 
 # The function itself: (x, scale, low, high, mask) -> the simulation.

@@ -137,6 +137,7 @@ class FreeRounding(WeightQuantizer):
         super().__init__(weight, quantizer, device)
         grid, ratio, codes = _grid(quantizer), _ratio(weight, quantizer), _codes(weight, quantizer)
         self._unit = float(grid[-1] - grid[0]) / (len(grid) - 1)
+        self._ends = (float(grid[0]), float(grid[-1])) if np.all(np.diff(grid) == 1) else None
         middles = (grid[1:] + grid[:-1]) / 2
         bounds = np.concatenate([grid[:1] - self._unit / 2, middles, grid[-1:] + self._unit / 2])
         at = np.searchsorted(grid, codes)
@@ -148,7 +149,10 @@ class FreeRounding(WeightQuantizer):
 
     def levels(self) -> Tensor:
         """The nearest level; the one above in the middle."""
-        return self._grid[torch.bucketize(self.variable.detach() * self._unit, self._middles, right=True)]
+        latent = self.variable.detach() * self._unit
+        if self._ends is not None:  # whole numbers; every step is exact, which adding 1/2 to latent weights is not
+            return latent.mul_(2).floor_().add_(1).mul_(0.5).floor_().clamp_(*self._ends)
+        return self._grid[torch.bucketize(latent, self._middles, right=True)]
 
     def relaxed(self) -> Tensor:
         """The nearest level, with the latent weight's gradient."""

@@ -1,5 +1,8 @@
 """What is learned computes what the NumPy law computes, and has the gradients that it says."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -131,3 +134,88 @@ def test_scales_that_must_be_powers_of_two_stay() -> None:
     weight = weight_quantizer(Rounding.FREE, np.ones((2, 2), np.float32), quantizer, CPU)
     assert not weight.scale.factor.requires_grad
     assert weight.variable.requires_grad
+
+
+class _Ste(torch.autograd.Function):
+    """Rounds; gradients pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        del ctx
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        del ctx
+        return grads[0]
+
+
+_round: Callable[[torch.Tensor], torch.Tensor] = _Ste.apply
+# 16 channels and 64 x 64 positions are exactly one piece.
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "gaps": lambda x: x.repeat(1, 2, 1, 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 64, 64), (1, 16, 64, 65), (3, 16, 64, 63), (0, 4, 2, 2)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("other", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_large_tensors_have_the_plain_formula_and_autograds_gradients(
+    shape: tuple[int, ...], layout: str, other: str, *, dropped: bool, per_sample: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = LAYOUTS[layout](torch.randn(shape, generator=generator) * 3).requires_grad_()
+    grad = LAYOUTS[other](torch.randn(shape, generator=generator))
+    start = 0.3 + 0.1 * torch.arange(shape[0]).view(-1, 1, 1, 1) if per_sample else torch.tensor(0.3)
+    scale = start.clone().requires_grad_()
+    mask = LAYOUTS[layout](torch.randint(0, 2, shape, generator=generator).float()) if dropped else None
+    got = fake_quantize(x, scale, -3.0, 4.0, mask)
+    found = torch.autograd.grad(got, (x, scale), grad)
+
+    # In double precision, so that sums have no order; ratios and codes are float32's.
+    exact, step = x.detach().double().requires_grad_(), scale.detach().double().requires_grad_()
+    ratio = exact / step
+    ratio = ratio + ((x / scale).detach().double() - ratio).detach()
+    plain = _round(ratio.clamp(-3, 4)) * step
+    if mask is not None:
+        plain = torch.where(mask > 0, plain, exact)
+    wanted = torch.autograd.grad(plain, (exact, step), grad.double())
+
+    simulated = (x / scale).clamp(-3, 4).round() * scale
+    assert torch.equal(got, simulated if mask is None else torch.lerp(x, simulated, mask))
+    torch.testing.assert_close(found[0].double(), wanted[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[1].double(), wanted[1], rtol=1e-4, atol=1e-2)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            found, torch.autograd.grad(fake_quantize(x, scale, -3.0, 4.0, mask), (x, scale), grad), strict=True
+        )
+    )
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_latent_weights_take_the_nearest_level_and_the_upper_one_in_the_middle(index: int) -> None:
+    quantizer = _quantizers()[index]
+    learner = weight_quantizer(Rounding.FREE, np.ones((4, 400), np.float32), quantizer, CPU)
+    spec, point = quantizer.spec, int(np.max(quantizer.zero_point))
+    grid = (
+        np.arange(spec.qmin, spec.qmax + 1) - point
+        if quantizer.table is None
+        else np.unique(quantizer.table.astype(np.int32))
+    )
+    unit = np.float32((grid[-1] - grid[0]) / (len(grid) - 1))
+    middles = ((grid[1:] + grid[:-1]) / 2 / unit).astype(np.float32)
+    special = np.concatenate([middles, -middles, np.array([0, 0.49999997, 1e-30, 1e9], np.float32)])
+    special = np.concatenate([special, np.nextafter(special, np.float32(-9e9)), np.nextafter(special, np.float32(9e9))])
+    latent = RNG.uniform(middles[0] - 2, middles[-1] + 2, (4, 400)).astype(np.float32)
+    latent.reshape(-1)[: special.size * 2] = np.concatenate([special, -special])
+    with torch.no_grad():
+        learner.variable.copy_(torch.from_numpy(latent))
+    bounds = (grid[1:] + grid[:-1]) / 2
+    wanted = grid[np.searchsorted(bounds, latent * unit, side="right")]
+    np.testing.assert_array_equal(learner.levels().numpy(), wanted)

@@ -15,19 +15,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from postquant.calib.learn.pieces import pieces
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 # A learned scale stays within this factor of its start: a step that collapses never comes back.
 _MOST_FACTOR = 4.0
-# Elements that are worked on together: a handful of such arrays fits into the cache of one core.
-_PIECE = 1 << 16
 Tensor = torch.Tensor
 
 
@@ -47,7 +46,8 @@ class FakeQuantize(torch.autograd.Function):
             mask: Shape of ``x``, 1 where an element is quantized and 0 where it stays float; all 1 when None.
         """
         simulated = torch.empty_like(x)
-        for values, result in _pieces(scale, x, simulated):
+        parts = _whole if scale.ndim else pieces
+        for values, result in parts(x, simulated):
             torch.div(values, scale, out=result).clamp_(low, high).round_().mul_(scale)
         # The layer in front and the one behind mostly keep these two as well: so they take no memory.
         ctx.save_for_backward(x, simulated, scale, mask)
@@ -62,7 +62,8 @@ class FakeQuantize(torch.autograd.Function):
         to_x = torch.empty_like(x)
         to_scale: list[Tensor] = []
         masks = () if mask is None else (mask,)
-        for g, values, rounded, inside, *kept in _pieces(scale, grad, x, simulated, to_x, *masks):
+        parts = _whole if scale.ndim else pieces
+        for g, values, rounded, inside, *kept in parts(grad, x, simulated, to_x, *masks):
             quantized = g * kept[0] if kept else g
             ratio = values / scale
             # One pass, where comparing and multiplying by booleans are three.
@@ -84,29 +85,9 @@ class FakeQuantize(torch.autograd.Function):
         )
 
 
-def _pieces(scale: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same elements of every tensor, as views that fit into a core's cache together.
-
-    A chain of element-wise operators waits for memory: on a piece, only the first reads it and the last writes it.
-    Where the pieces are cut follows from the tensors alone, so that sums over them are always the same.
-
-    Args:
-        scale: () for one scale; with one per sample, tensors stay whole.
-        tensors: Of one shape; they stay whole where they lie in memory in different orders or with gaps.
-    """
-    size = tensors[0].numel()
-    if scale.ndim or size <= _PIECE or tensors[0].device.type != "cpu" or not _same_order(tensors):
-        yield tensors
-        return
-    flat = [tensor.as_strided((size,), (1,)) for tensor in tensors]
-    for first in range(0, size, _PIECE):
-        yield tuple(tensor[first : first + _PIECE] for tensor in flat)
-
-
-def _same_order(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors of one shape hold the same elements at the same distances, without gaps."""
-    formats = [torch.contiguous_format, *([torch.channels_last] if tensors[0].ndim == 4 else [])]
-    return any(all(tensor.is_contiguous(memory_format=order) for tensor in tensors) for order in formats)
+def _whole(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """As :func:`pieces`, where a step per sample would not fit to pieces."""
+    yield tensors
 
 
 # The function itself: (x, scale, low, high, mask) -> the simulation.

@@ -25,11 +25,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from postquant.calib.learn.pieces import pieces
 from postquant.calib.learn.quantizers import LearnedScale
 from postquant.calib.learn.recipe import Rounding
 from postquant.runtime_ops.law import along_axis
@@ -44,6 +46,8 @@ _GAMMA, _ZETA = -0.1, 1.1
 _TOWARDS_CODE = 0.8
 # A latent weight starts at least so far, in mean gaps, from where its code would change.
 _MARGIN = 0.2
+# Comparing with so many levels one after the other is several times faster than a search for every weight.
+_FEW = 16
 
 
 class WeightQuantizer(abc.ABC):
@@ -152,6 +156,8 @@ class FreeRounding(WeightQuantizer):
         latent = self.variable.detach() * self._unit
         if self._ends is not None:  # whole numbers; every step is exact, which adding 1/2 to latent weights is not
             return latent.mul_(2).floor_().add_(1).mul_(0.5).floor_().clamp_(*self._ends)
+        if len(self._grid) <= _FEW:
+            return _nearest_of_few(latent, self._grid.tolist(), self._middles.tolist())
         return self._grid[torch.bucketize(latent, self._middles, right=True)]
 
     def relaxed(self) -> Tensor:
@@ -163,6 +169,21 @@ class FreeRounding(WeightQuantizer):
         """The springs: ``sum of h (u - c)^2 / 2``."""
         del beta
         return 0.5 * (self.stiffness * (self.variable - self.levels() / self._unit).square()).sum()
+
+
+def _nearest_of_few(latent: Tensor, grid: list[float], middles: list[float]) -> Tensor:
+    """The nearest level, float32; the one above in the middle.
+
+    Args:
+        latent: Any shape, float32.
+        grid: Rising whole numbers, whose differences add up without rounding.
+        middles: Between each level and the next.
+    """
+    nearest = torch.full_like(latent, grid[0])
+    for values, levels in pieces(latent, nearest):
+        for middle, (below, above) in zip(middles, itertools.pairwise(grid), strict=True):
+            levels.add_(torch.ge(values, middle, out=torch.empty_like(values)), alpha=above - below)
+    return nearest
 
 
 def weight_quantizer(

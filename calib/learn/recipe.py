@@ -168,9 +168,10 @@ def network_recipe(effort: Effort, work: ForwardWork) -> Recipe | None:
         work: Of the network.
     """
     recipe = recipe_for(effort, work)
-    # Smaller batches have noisier gradients, and Adam makes steps of the same size of them; but the least batch of a
-    # network whose layers see many positions says as much as that of any other.
-    rate = max(recipe.batch, _LEAST_BATCH) / _MOST_BATCH
+    # Smaller batches have noisier gradients, and Adam makes steps of the same size of them. A sample that shows every
+    # layer as many positions as several must show counts as so many.
+    samples = recipe.batch * max(work.positions / _POSITIONS, 1.0)
+    rate = min(samples, _MOST_BATCH) / _MOST_BATCH
     steps = int(_NETWORK_WORK[effort] / (max(work.products, 1.0) * recipe.batch))
     if steps < _LEAST_STEPS:
         return None

@@ -40,3 +40,13 @@ def test_the_whole_network_is_learned_where_the_effort_allows_enough_steps() -> 
     assert (small.iterations, middle.iterations) == (1000, 500)
     assert network_recipe(Effort.FAST, RESNET_50) is None
     assert network_recipe(Effort.NORMAL, RESNET_50) is not None
+
+
+@pytest.mark.parametrize(("positions", "share"), [(1, 8 / 32), (392, 1 / 32), (392 * 8, 8 / 32), (32400, 1.0)])
+def test_noisy_gradients_mean_low_rates(positions: int, share: float) -> None:
+    found = network_recipe(Effort.MAX, ForwardWork(4.1e9, positions))
+    small = network_recipe(Effort.MAX, RESNET_20)
+    assert found is not None
+    assert small is not None
+    for name in ("rounding_rate", "bias_rate", "weight_scale_rate", "step_rate"):
+        assert getattr(found, name) == pytest.approx(share * getattr(small, name))

@@ -59,7 +59,7 @@ def affordable_effect(
     Returns:
         What measures, or None where even the least costs too much; and a note for the report, or None.
     """
-    options = effect_options(forward_work(model, source), tensors, len(source))
+    options = effect_options(forward_work(model, source).products, tensors, len(source))
     if options is None:
         return None, "ranges were chosen by tensor error: measuring effects on the outputs would cost too much"
     if samples is not None:

@@ -60,7 +60,7 @@ class Trial:
         self, model: ir.Model, source: CalibrationSource, *, samples: int | None = None, threads: int = 1
     ) -> None:
         if samples is None:
-            work = forward_work(model, source)
+            work = forward_work(model, source).products
             samples = int(min(max((TRIAL_WORK / max(work, 1.0)) ** 2, LEAST_SAMPLES), MOST_SAMPLES))
         # Ranges are chosen on other samples (:mod:`postquant.calib.output_effect`): this shows what generalizes.
         self._source = SubsetSource(source, spaced(len(source), samples, between=True))

@@ -1,6 +1,8 @@
-"""How much arithmetic one run of a network is, to bound how often it is run: :func:`forward_work`."""
+"""How much one run of a network is: what it costs, and how much its layers see (:func:`forward_work`)."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import onnx_ir as ir
 
@@ -9,11 +11,35 @@ from postquant.calib.source import CalibrationSource
 from postquant.passes.session import make_session
 
 
-def forward_work(model: ir.Model, source: CalibrationSource, *, threads: int = 1) -> float:
-    """Multiply-accumulates of the weighted layers for the first sample."""
+@dataclasses.dataclass(frozen=True)
+class ForwardWork:
+    """What one sample is to the weighted layers of a network.
+
+    Attributes:
+        products: Multiply-accumulates of all layers, to bound how often the network is run.
+        positions: Output positions of the layer that has the fewest: what every weight sees of one sample, at least.
+            Pixels of a Conv's output, rows of a Gemm or MatMul; 1 where there is no layer.
+    """
+
+    products: float
+    positions: int = 1
+
+
+def forward_work(model: ir.Model, source: CalibrationSource, *, threads: int = 1) -> ForwardWork:
+    """Runs the first sample.
+
+    Args:
+        model: The simplified float model.
+        source: Calibration data.
+        threads: Of onnxruntime.
+    """
     layers = layers_of(model)
     if not layers:
-        return 0.0
+        return ForwardWork(0.0)
     outputs = list(dict.fromkeys(layer.output for layer in layers))
     values = make_session(model, outputs=outputs, threads=threads).run(next(iter(source.read([0]))))
-    return float(sum(values[layer.output].size * layer.depth for layer in layers))
+    sizes = [values[layer.output].size for layer in layers]
+    return ForwardWork(
+        float(sum(size * layer.depth for size, layer in zip(sizes, layers, strict=True))),
+        max(min(size // layer.out_channels for size, layer in zip(sizes, layers, strict=True)), 1),
+    )

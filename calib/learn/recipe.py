@@ -8,6 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    # It brings onnxruntime, and settings need only the enums.
+    from postquant.calib.work import ForwardWork
 
 
 class Effort(enum.Enum):
@@ -118,34 +124,55 @@ _NETWORK_ITERATIONS = {Effort.FAST: 1000, Effort.NORMAL: 2000, Effort.MAX: 10000
 _NETWORK_WORK = {Effort.FAST: 1.5e12, Effort.NORMAL: 4e12, Effort.MAX: 2e13}
 # A network of more multiply-accumulates per sample gets smaller batches, so that a step costs the same.
 _BATCH_WORK = 3.2e9
-_LEAST_BATCH, _MOST_BATCH = 8, 32
+_MOST_BATCH = 32
+# But so many samples that every layer sees so many positions, and no more than a layer that sees one needs.
+_POSITIONS = 392
+_LEAST_BATCH = 8
 # Fewer steps of the whole network than this change nothing.
 _LEAST_STEPS = 50
 
 
-def recipe_for(effort: Effort, work: float) -> Recipe:
+def recipe_for(effort: Effort, work: ForwardWork) -> Recipe:
     """How blocks are learned.
 
     Args:
         effort: The user's choice.
-        work: Multiply-accumulates of the network for one sample.
+        work: Of the network.
     """
-    batch = int(min(max(_BATCH_WORK / max(work, 1.0), _LEAST_BATCH), _MOST_BATCH))
-    affordable = max(int(_BLOCK_WORK[effort] / (max(work, 1.0) * batch)), _FEWEST_ITERATIONS)
+    products = max(work.products, 1.0)
+    batch = int(min(max(_BATCH_WORK / products, least_batch(work.positions)), _MOST_BATCH))
+    affordable = max(int(_BLOCK_WORK[effort] / (products * batch)), _FEWEST_ITERATIONS)
     return Recipe(min(_ITERATIONS[effort], affordable), batch=batch)
 
 
-def network_recipe(effort: Effort, work: float) -> Recipe | None:
+def least_batch(positions: int) -> int:
+    """Samples that a step needs at least.
+
+    An image shows every layer of a network that gives an image tens of thousands of positions; a classifier's last
+    layer sees one.
+
+    Args:
+        positions: Output positions per sample of the layer that has the fewest, at least 1.
+
+    >>> least_batch(1), least_batch(121), least_batch(180 * 180)
+    (8, 4, 1)
+    """
+    return min(math.ceil(_POSITIONS / positions), _LEAST_BATCH)
+
+
+def network_recipe(effort: Effort, work: ForwardWork) -> Recipe | None:
     """How the whole network is learned in the end; None where the effort does not allow enough steps.
 
     Args:
         effort: The user's choice.
-        work: Multiply-accumulates of the network for one sample.
+        work: Of the network.
     """
     recipe = recipe_for(effort, work)
-    # Smaller batches have noisier gradients, and Adam makes steps of the same size of them.
-    rate = recipe.batch / _MOST_BATCH
-    steps = int(_NETWORK_WORK[effort] / (max(work, 1.0) * recipe.batch))
+    # Smaller batches have noisier gradients, and Adam makes steps of the same size of them. A sample that shows every
+    # layer as many positions as several must show counts as so many.
+    samples = recipe.batch * max(work.positions / _POSITIONS, 1.0)
+    rate = min(samples, _MOST_BATCH) / _MOST_BATCH
+    steps = int(_NETWORK_WORK[effort] / (max(work.products, 1.0) * recipe.batch))
     if steps < _LEAST_STEPS:
         return None
     return dataclasses.replace(

@@ -9,7 +9,6 @@ import onnx_ir as ir
 from postquant.calib.effect_budget import affordable_effect, effect_options
 from postquant.calib.input_spec import input_specs
 from postquant.calib.open_source import open_source
-from postquant.calib.work import forward_work
 
 
 def convolution(size: str, *, side: int, width: int = 3) -> tuple[ir.Model, np.ndarray]:
@@ -35,11 +34,6 @@ def test_a_budget_decides_how_much_is_tried() -> None:
     assert tiny is not None
     assert tiny.samples == 4
     assert tiny.screening <= 4
-
-
-def test_work_is_positions_times_outputs_times_depth() -> None:
-    model, images = convolution("H,W", side=6)
-    assert forward_work(model, open_source(images, input_specs(model))) == 36 * 3 * 27
 
 
 def test_no_effect_where_even_the_least_costs_too_much() -> None:

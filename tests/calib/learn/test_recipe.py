@@ -1,8 +1,13 @@
 """Large networks get smaller batches, fewer steps, and none of all layers together where too few would be left."""
 
-from postquant.calib.learn.recipe import Effort, network_recipe, recipe_for
+import pytest
 
-RESNET_20, MOBILENET_V2, RESNET_50 = 4.1e7, 3e8, 4.1e9
+from postquant.calib.learn.recipe import Effort, network_recipe, recipe_for
+from postquant.calib.work import ForwardWork
+
+RESNET_20, MOBILENET_V2, RESNET_50 = (ForwardWork(products) for products in (4.1e7, 3e8, 4.1e9))
+# An image out for an image in.
+DENOISER = ForwardWork(1.8e10, 180 * 180)
 
 
 def test_a_step_and_a_block_cost_about_the_same_whatever_the_network() -> None:
@@ -10,11 +15,20 @@ def test_a_step_and_a_block_cost_about_the_same_whatever_the_network() -> None:
     assert (small.iterations, small.batch) == (500, 32)
     assert (middle.iterations, middle.batch) == (250, 10)
     assert (large.iterations, large.batch) == (200, 8)
-    assert recipe_for(Effort.FAST, 0.0).iterations == 500
+    assert recipe_for(Effort.FAST, ForwardWork(0.0)).iterations == 500
+
+
+@pytest.mark.parametrize(("positions", "batch"), [(1, 8), (49, 8), (56, 7), (121, 4), (391, 2), (392, 1), (32400, 1)])
+def test_a_batch_shows_every_layer_enough_positions(positions: int, batch: int) -> None:
+    assert recipe_for(Effort.FAST, ForwardWork(1e12, positions)).batch == batch
+
+
+def test_what_a_network_can_afford_does_not_depend_on_positions() -> None:
+    assert recipe_for(Effort.FAST, ForwardWork(3e8, 10**6)) == recipe_for(Effort.FAST, MOBILENET_V2)
 
 
 def test_more_effort_never_means_less() -> None:
-    for work in (0.0, RESNET_20, MOBILENET_V2, RESNET_50):
+    for work in (ForwardWork(0.0), RESNET_20, MOBILENET_V2, RESNET_50, DENOISER):
         steps = [recipe_for(effort, work).iterations for effort in Effort]
         assert steps == sorted(steps)
 
@@ -26,3 +40,13 @@ def test_the_whole_network_is_learned_where_the_effort_allows_enough_steps() -> 
     assert (small.iterations, middle.iterations) == (1000, 500)
     assert network_recipe(Effort.FAST, RESNET_50) is None
     assert network_recipe(Effort.NORMAL, RESNET_50) is not None
+
+
+@pytest.mark.parametrize(("positions", "share"), [(1, 8 / 32), (392, 1 / 32), (392 * 8, 8 / 32), (32400, 1.0)])
+def test_noisy_gradients_mean_low_rates(positions: int, share: float) -> None:
+    found = network_recipe(Effort.MAX, ForwardWork(4.1e9, positions))
+    small = network_recipe(Effort.MAX, RESNET_20)
+    assert found is not None
+    assert small is not None
+    for name in ("rounding_rate", "bias_rate", "weight_scale_rate", "step_rate"):
+        assert getattr(found, name) == pytest.approx(share * getattr(small, name))

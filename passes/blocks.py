@@ -5,7 +5,7 @@
 1. A section with a fork that ends in a sum or a Concat is a block: a residual block, an inverted residual, an
    attention, an MLP; with the activations and normalizations behind it.
 2. Other sections (single nodes, gates) form chains. A chain is cut into as few blocks as the size limit allows, where
-   the fewest channels cross; layers that shall be alone are cut off on both sides.
+   the fewest channels cross.
 3. A section with too many layers is taken apart the same way: without its last node, branch by branch; where branches
    are linked (a U-Net, dense connections), the value that lives longest no longer counts and enters blocks from the
    side, as the mask does in a transformer.
@@ -62,16 +62,13 @@ class Block:
     layers: tuple[str, ...]
 
 
-def cut_blocks(
-    model: ir.Model, layers: Collection[str], *, max_layers: int = 6, alone: Collection[str] = ()
-) -> tuple[Block, ...]:
+def cut_blocks(model: ir.Model, layers: Collection[str], *, max_layers: int = 6) -> tuple[Block, ...]:
     """Cuts a network into blocks.
 
     Args:
         model: The simplified model, in topological order, with a name for every node; not changed.
         layers: Names of the quantized weighted nodes of the main graph.
         max_layers: How many of them a block may hold, at least 1; in a chain without a fork at most 3 whatever this is.
-        alone: Layers of chains that share their block with no other layer (the first and the last of the network).
 
     Returns:
         Blocks in an order in which they can be learned: what a block reads depends on blocks before it only.
@@ -82,19 +79,18 @@ def cut_blocks(
     if max_layers < 1:
         raise ValueError(f"a block has at least one layer, not {max_layers}")
     names = {node.name for node in model.graph}
-    for name in (*layers, *alone):
+    for name in layers:
         if name not in names:
             raise ValueError(f"the model has no node {name}")
-    return _Cutter(model.graph, frozenset(layers), max_layers, frozenset(alone)).blocks()
+    return _Cutter(model.graph, frozenset(layers), max_layers).blocks()
 
 
 class _Cutter:
-    def __init__(self, graph: ir.Graph, layers: frozenset[str], most: int, alone: frozenset[str]) -> None:
+    def __init__(self, graph: ir.Graph, layers: frozenset[str], most: int) -> None:
         self._graph = graph
         self._flow = Dataflow(graph)
         self._layer_names = layers
         self._most = most
-        self._alone = alone
 
     def blocks(self) -> tuple[Block, ...]:
         groups = [self._without_moves(group) for group in self._take_apart(self._flow.nodes, frozenset())]
@@ -208,8 +204,7 @@ class _Cutter:
         layers = self._layers(group)
         if sum(bool(self._layers(atom)) for atom in atoms) == 1:
             return True  # one atom with layers is a block by itself
-        limit = 1 if self._alone & set(layers) else self._chain_limit
-        return 0 < len(layers) <= limit and self._is_block(group)
+        return 0 < len(layers) <= self._chain_limit and self._is_block(group)
 
     def _channels(self, groups: Sequence[_Nodes]) -> int:
         """Output channels of the last layer of the last group, 0 in front of the first group."""

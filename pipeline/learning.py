@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pathlib
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -22,12 +21,6 @@ from postquant.pipeline.learning_run import LearningRun, block_detail
 from postquant.pipeline.stage_log import StageLog
 from postquant.runtime_ops.errors import ConfigError
 from postquant.runtime_ops.quantizer import TensorQuantizer
-
-if TYPE_CHECKING:
-    pass
-
-# Weights of so many bits gain nothing from the layers that they would share a block with.
-_WIDE = 8
 
 
 def check_learning(config: QuantConfig) -> None:
@@ -122,25 +115,20 @@ def _tell_roundings(
 
 
 def learning_blocks(model: ir.Model, plan: QuantPlan, *, max_layers: int = 6) -> tuple[Block, ...]:
-    """All blocks; where weights have fewer than 8 bits, layers that have 8, such as the first and the last, are alone.
+    """All blocks.
+
+    Layers of 8 bits share them with others: the first one's biases and scales suit its output to the codes of the
+    layer behind it (docs/learning.md).
 
     Args:
         model: The float model that the plan is about.
-        plan: Its widths count.
+        plan: Tells which layers are quantized.
         max_layers: Quantized layers that a block may hold, at least 1.
     """
-    bits = _layer_bits(model, plan)
-    wide = {name for name, width in bits.items() if width >= _WIDE}
-    alone = wide if len(wide) < len(bits) else set()
-    return cut_blocks(model, set(bits), max_layers=max_layers, alone=alone)
-
-
-def _layer_bits(model: ir.Model, plan: QuantPlan) -> dict[str, int]:
-    """Bits of the weights of every quantized layer, in the order of the graph."""
-    bits = {}
-    for node in model.graph:
-        entries = [plan.weights.get(value.name or "") for value in node.inputs if value is not None]
-        widths = [entry.spec.bits for entry in entries if isinstance(entry, TensorQuantizer)]
-        if widths and node.name:
-            bits[node.name] = min(widths)
-    return bits
+    layers = {
+        node.name
+        for node in model.graph
+        if node.name
+        and any(v is not None and isinstance(plan.weights.get(v.name or ""), TensorQuantizer) for v in node.inputs)
+    }
+    return cut_blocks(model, layers, max_layers=max_layers)

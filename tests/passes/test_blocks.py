@@ -122,22 +122,15 @@ def test_a_residual_block_with_too_many_layers_is_taken_apart() -> None:
 
 
 def test_a_chain_is_cut_where_it_is_narrow() -> None:
-    # An inverted residual without its sum: 2 -> 8 -> 8 -> 2 channels, twice, behind a layer that shall be alone.
+    # An inverted residual without its sum: 2 -> 8 -> 8 -> 2 channels, twice, behind a layer.
     body = """
     a = Conv (x, p2_4)
     b = Conv (a, p8_2) c = Relu (b) d = Conv <group = 8> (c, w8_1) e = Relu (d) f = Conv (e, p2_8)
     g = Conv (f, p8_2_) h = Relu (g) i = Conv <group = 8> (h, w8_1_) j = Relu (i) y = Conv (j, p2_8_)
     """
     model = network(body)
-    assert cut(model, alone=("a",)) == [("a",), ("b", "d", "f"), ("g", "i", "y")]
-    assert cut(model, max_layers=2, alone=("a",)) == [("a",), ("b", "d"), ("f", "g"), ("i", "y")]
-
-
-def test_layers_that_shall_be_alone_are() -> None:
-    body = "a = Conv (x, w1) b = Relu (a) c = Conv (b, w2) d = Relu (c) e = Conv (d, w3) f = Relu (e) y = Conv (f, p4)"
-    model = network(body)
-    assert cut(model) == [("a",), ("c", "e", "y")]
-    assert cut(model, alone=("a", "y")) == [("a",), ("c", "e"), ("y",)]
+    assert cut(model) == [("a",), ("b", "d", "f"), ("g", "i", "y")]
+    assert cut(model, max_layers=2) == [("a",), ("b", "d"), ("f", "g"), ("i", "y")]
 
 
 ATTENTION = """

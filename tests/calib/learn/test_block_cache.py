@@ -108,7 +108,7 @@ def case() -> Case:
         requants={key: quantizer(read[key], spec) for key, spec in plan.requants.items()},
         weights={name: weight(name, spec) for name, spec in plan.weights.items() if isinstance(spec, QuantSpec)},
     )
-    blocks = cut_blocks(model, [f"c{index}" for index in range(9)], max_layers=2, alone=["c0"])
+    blocks = cut_blocks(model, [f"c{index}" for index in range(9)], max_layers=2)
     return Case(model, plan, blocks, source)
 
 

@@ -109,7 +109,7 @@ def case() -> Case:
     source = open_source(feeds, input_specs(model))
     plan = place(model, load_target("onnxruntime"), PlacementSettings(wbits=3, abits=3))
     plan = start_weights(model, method_ranges(model, plan, source, MinMax()).plan)
-    blocks = cut_blocks(model, {"stem", "conv1", "conv2", "map", "head"}, alone={"stem", "head"})
+    blocks = cut_blocks(model, {"stem", "conv1", "conv2", "map", "head"})
     return Case(model, plan, source, blocks)
 
 

@@ -137,7 +137,7 @@ def recipe_for(effort: Effort, work: ForwardWork) -> Recipe:
 
     Args:
         effort: The user's choice.
-        work: Of the network.
+        work: What one sample costs, and how many positions it shows every layer.
     """
     products = max(work.products, 1.0)
     batch = int(min(max(_BATCH_WORK / products, least_batch(work.positions)), _MOST_BATCH))
@@ -165,7 +165,7 @@ def network_recipe(effort: Effort, work: ForwardWork) -> Recipe | None:
 
     Args:
         effort: The user's choice.
-        work: Of the network.
+        work: What one sample costs, and how many positions it shows every layer.
     """
     recipe = recipe_for(effort, work)
     # Smaller batches have noisier gradients, and Adam makes steps of the same size of them. A sample that shows every

@@ -15,6 +15,7 @@ library of native operators. Rows:
     start        EasyQuant with compensated rounding
     rounding     start + codes of weights and steps of activations
     scales       + biases and scales of weights
+    masks        scales + QDrop, as `--learn` has it from 4 bits on; no other row has masks
     own          + rounding borders that see their own value
     neighbours   + rounding borders that see their neighbours as well
     adaptive     scales + steps for every sample, without borders
@@ -67,10 +68,13 @@ PLAIN: dict[str, dict[str, Any]] = {
     "bias": {"method": "mse", "bias_correction": True},
     "start": {},
 }
+# Share of the values that QDrop quantizes.
+MASKED = 0.5
 # Rows with learning: what is changed in the recipe.
 LEARNED: dict[str, dict[str, Any]] = {
     "rounding": {"bias_rate": 0.0, "weight_scale_rate": 0.0},
     "scales": {},
+    "masks": {"keep": MASKED},
     "own": {"borders": Borders.OWN},
     "neighbours": {"borders": Borders.NEIGHBOURS},
     "adaptive": {"adaptive": int(ADAPTIVE_FEATURES)},
@@ -107,13 +111,15 @@ class Study:
         """The starting plan with learned blocks."""
         model, plan = self.plan("start")
         source = open_calibration(self.data, load_model(self.case.path), self.config)
-        recipe: Recipe = dataclasses.replace(
-            recipe_for(Effort.NORMAL, forward_work(model, source)), iterations=self.options.iterations, **LEARNED[row]
-        )
+        work = forward_work(model, source)
+        changed = {"iterations": self.options.iterations, "keep": 1.0, **LEARNED[row]}
+        recipe: Recipe = dataclasses.replace(recipe_for(Effort.NORMAL, work), **changed)
         blocks = learning_blocks(model, plan)
         with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
             cache = BlockCache(model, blocks, source, temporary, memory=2 << 30)
-            learner = Learner(model, blocks, cache, recipe, seed=seed, device=torch.device("cpu"))
+            learner = Learner(
+                model, blocks, cache, recipe, seed=seed, device=torch.device("cpu"), positions=work.layers
+            )
             plan, _ = learner.run(plan, done=[], save=lambda *a: None, progress=lambda *a: None)
             if row == "network":
                 plan = self.network(model, plan, blocks, source, pathlib.Path(temporary), seed)

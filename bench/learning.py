@@ -57,9 +57,19 @@ def main() -> None:
         plan = place(model, load_target("onnxruntime"), PlacementSettings(wbits=arguments.wbits, abits=arguments.abits))
         plan = start_weights(model, method_ranges(model, plan, source, MinMax()).plan)
         blocks = learning_blocks(model, plan)
-        recipe = dataclasses.replace(recipe_for(Effort.FAST, forward_work(model, source)), iterations=arguments.steps)
+        work = forward_work(model, source)
+        recipe = dataclasses.replace(recipe_for(Effort.FAST, work), iterations=arguments.steps)
         cache = BlockCache(model, blocks, source, path, memory=2 << 30)
-        learner = Learner(model, blocks, cache, recipe, seed=0, device=torch.device("cpu"), threads=arguments.threads)
+        learner = Learner(
+            model,
+            blocks,
+            cache,
+            recipe,
+            seed=0,
+            device=torch.device("cpu"),
+            positions=work.layers,
+            threads=arguments.threads,
+        )
 
         def told(plan: QuantPlan, block: LearnedBlock) -> None:
             rate = f"{block.iterations / block.seconds:7.1f} steps/s" if block.iterations else block.reason

@@ -53,6 +53,7 @@ class LearningRun:
         self._threads = threads
         self.notes: list[str] = []
         work = forward_work(model, job.source)
+        self._positions = work.layers
         self.recipe = dataclasses.replace(
             recipe_for(job.config.effort, work),
             borders=_BORDERS[job.config.border],
@@ -103,6 +104,7 @@ class LearningRun:
             self.recipe,
             seed=job.config.seed,
             device=torch.device(job.config.device.value),
+            positions=self._positions,
             threads=self._threads,
             importance=importance,
         )

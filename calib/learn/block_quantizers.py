@@ -175,6 +175,12 @@ class BlockQuantizers:
             isinstance(entry, TensorQuantizer) and entry.spec.bits < FIXED_BITS for entry in entries
         )
 
+    @property
+    def bits(self) -> int:
+        """Of the narrowest step that is learned; 8 where none is."""
+        entries = [self._plan.requants.get(key) or self._plan.activations[key] for key in self.steps]
+        return min((e.spec.bits for e in entries if isinstance(e, TensorQuantizer)), default=FIXED_BITS)
+
     def constants(self, *, hard: bool = False) -> dict[str, Tensor]:
         """Learned weights and biases by name, as the block computes with them; ``hard`` rounds weights."""
         return {name: self._learned_constant(name, hard=hard) for name in (*self.weights, *self.biases)}

@@ -24,7 +24,7 @@ from postquant.calib.learn.executor import supported
 from postquant.calib.learn.objective import BlockDiffersError
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.read_keys import keys_read
-from postquant.calib.learn.recipe import Borders, Recipe, Rounding
+from postquant.calib.learn.recipe import Borders, Recipe, Rounding, block_recipe
 from postquant.calib.learn.reconstruct import BlockOutcome, reconstruct
 from postquant.passes.blocks import Block
 from postquant.passes.free_memory import hold_memory
@@ -65,9 +65,11 @@ class Learner:
         model: The simplified float model.
         blocks: In the order in which they are learned.
         cache: Gives each block's inputs and targets.
-        recipe: How blocks are learned.
+        recipe: How blocks are learned; each with a batch and masks that suit it
+            (:func:`postquant.calib.learn.recipe.block_recipe`).
         seed: Of everything random.
         device: Where.
+        positions: Output positions per sample, by the layer's name; a layer that is missing counts as one position.
         threads: Parts of a batch that are computed at the same time on the CPU, at least 1; never changes the result.
         importance: Name of a block's output -> what its elements count
             (:func:`postquant.calib.learn.fisher.measure_importance`); they count the same where it is missing.
@@ -82,6 +84,7 @@ class Learner:
         *,
         seed: int,
         device: torch.device,
+        positions: Mapping[str, int],
         threads: int = 1,
         importance: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
@@ -94,6 +97,7 @@ class Learner:
         self._recipe = recipe
         self._seed = seed
         self._device = device
+        self._positions = positions
         self._importance = importance or {}
 
     def run(
@@ -163,15 +167,18 @@ class Learner:
             )
             return quantizers, outcome
 
-        if not BlockQuantizers(self._model, plan, nodes, decided, self._recipe, self._device).narrow:
+        unlearned = BlockQuantizers(self._model, plan, nodes, decided, self._recipe, self._device)
+        if not unlearned.narrow:
             reason = f"nothing in it has fewer than {FIXED_BITS} bits"
             return given, LearnedBlock(block.name, block.layers, kept=False, reason=reason)
+        positions = min((self._positions.get(name, 1) for name in block.layers), default=1)
+        recipe = block_recipe(self._recipe, positions, unlearned.bits)
         with self._cache.load(block, plan) as samples:
             try:
-                quantizers, outcome = attempt(self._recipe, samples)
-                if not outcome.kept and self._recipe.rounding is Rounding.FREE:
+                quantizers, outcome = attempt(recipe, samples)
+                if not outcome.kept and recipe.rounding is Rounding.FREE:
                     first = outcome
-                    quantizers, outcome = attempt(_without_codes(self._recipe), samples)
+                    quantizers, outcome = attempt(_without_codes(recipe), samples)
                     outcome = outcome.after_another(first)
             except BlockDiffersError as error:
                 return given, LearnedBlock(block.name, block.layers, kept=False, reason=str(error))

@@ -115,34 +115,56 @@ def judging_samples(count: int, share: float) -> list[int]:
     return [(2 * index + 1) * count // (2 * judges) for index in range(judges)]
 
 
-# Steps per block, multiply-accumulates that the forward runs of all blocks may take (large networks get fewer steps,
-# but some), and those that the forward runs of the whole network may take in the end.
+# Steps per block, multiply-accumulates that the forward runs of all blocks may take (large networks get smaller batches
+# and then fewer steps, but some), and those that the forward runs of the whole network may take in the end.
 _ITERATIONS = {Effort.FAST: 500, Effort.NORMAL: 1000, Effort.MAX: 5000}
 _BLOCK_WORK = {Effort.FAST: 7.5e11, Effort.NORMAL: 2e12, Effort.MAX: 1e13}
 _FEWEST_ITERATIONS = 200
 _NETWORK_ITERATIONS = {Effort.FAST: 1000, Effort.NORMAL: 2000, Effort.MAX: 10000}
 _NETWORK_WORK = {Effort.FAST: 1.5e12, Effort.NORMAL: 4e12, Effort.MAX: 2e13}
-# A network of more multiply-accumulates per sample gets smaller batches, so that a step costs the same.
+# Where the whole network is learned, more multiply-accumulates per sample mean smaller batches: a step costs the same.
 _BATCH_WORK = 3.2e9
 _MOST_BATCH = 32
 # But so many samples that every layer sees so many positions, and no more than a layer that sees one needs.
 _POSITIONS = 392
 _LEAST_BATCH = 8
+# A block needs no more than this where its own layers see enough of a sample.
+_LEAST_BLOCK_BATCH = 4
 # Fewer steps of the whole network than this change nothing.
 _LEAST_STEPS = 50
+# QDrop, and the bits of activations below which all values are quantized.
+_KEEP = 0.5
+_KEEP_BITS = 4
 
 
 def recipe_for(effort: Effort, work: ForwardWork) -> Recipe:
-    """How blocks are learned.
+    """How blocks are learned: as many steps as the effort stands for, of batches as large as its work then allows.
 
     Args:
         effort: The user's choice.
         work: What one sample costs, and how many positions it shows every layer.
     """
     products = max(work.products, 1.0)
-    batch = int(min(max(_BATCH_WORK / products, least_batch(work.positions)), _MOST_BATCH))
+    least = min(least_batch(work.positions), _LEAST_BLOCK_BATCH)
+    batch = int(min(max(_BLOCK_WORK[effort] / (products * _ITERATIONS[effort]), least), _MOST_BATCH))
     affordable = max(int(_BLOCK_WORK[effort] / (products * batch)), _FEWEST_ITERATIONS)
-    return Recipe(min(_ITERATIONS[effort], affordable), batch=batch)
+    return Recipe(min(_ITERATIONS[effort], affordable), batch=batch, keep=_KEEP)
+
+
+def block_recipe(recipe: Recipe, positions: int, bits: int) -> Recipe:
+    """How one of the blocks is learned.
+
+    Args:
+        recipe: How blocks are learned (:func:`recipe_for`).
+        positions: Output positions per sample of the block's layer that has the fewest, at least 1.
+        bits: Of the narrowest activation whose step the block learns; 8 where it learns none.
+
+    Returns:
+        The recipe with a batch that shows every layer enough, and with masks (QDrop) from 4 bits on only: a block that always sees
+        the same rounding errors of the same samples learns to undo these.
+    """
+    keep = recipe.keep if bits >= _KEEP_BITS else 1.0
+    return dataclasses.replace(recipe, batch=max(recipe.batch, least_batch(positions)), keep=keep)
 
 
 def least_batch(positions: int) -> int:
@@ -167,19 +189,17 @@ def network_recipe(effort: Effort, work: ForwardWork) -> Recipe | None:
         effort: The user's choice.
         work: What one sample costs, and how many positions it shows every layer.
     """
-    recipe = recipe_for(effort, work)
+    batch = int(min(max(_BATCH_WORK / max(work.products, 1.0), least_batch(work.positions)), _MOST_BATCH))
     # Smaller batches have noisier gradients, and Adam makes steps of the same size of them. A sample that shows every
     # layer as many positions as several must show counts as so many.
-    samples = recipe.batch * max(work.positions / _POSITIONS, 1.0)
+    samples = batch * max(work.positions / _POSITIONS, 1.0)
     rate = min(samples, _MOST_BATCH) / _MOST_BATCH
-    steps = int(_NETWORK_WORK[effort] / (max(work.products, 1.0) * recipe.batch))
+    steps = int(_NETWORK_WORK[effort] / (max(work.products, 1.0) * batch))
     if steps < _LEAST_STEPS:
         return None
-    return dataclasses.replace(
-        recipe,
-        iterations=min(steps, _NETWORK_ITERATIONS[effort]),
-        rounding=Rounding.FREE,
-        keep=1.0,
+    return Recipe(
+        min(steps, _NETWORK_ITERATIONS[effort]),
+        batch=batch,
         damping=0.0,
         rounding_rate=1.5e-2 * rate,
         bias_rate=1e-3 * rate,

@@ -85,7 +85,7 @@ class Case:
         """The plan after every block that is not done, and all blocks."""
         plans: list[QuantPlan] = []
         cache = BlockCache(self.model, self.blocks, self.source, folder, memory=1 << 30)
-        learner = Learner(self.model, self.blocks, cache, recipe, seed=3, device=CPU, threads=threads)
+        learner = Learner(self.model, self.blocks, cache, recipe, seed=3, device=CPU, positions={}, threads=threads)
         _, found = learner.run(
             plan or self.plan,
             done=done,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from postquant.calib.learn.recipe import Effort, network_recipe, recipe_for
+from postquant.calib.learn.recipe import Effort, Recipe, block_recipe, network_recipe, recipe_for
 from postquant.calib.work import ForwardWork
 
 RESNET_20, MOBILENET_V2, RESNET_50 = (ForwardWork(products) for products in (4.1e7, 3e8, 4.1e9))
@@ -10,17 +10,27 @@ RESNET_20, MOBILENET_V2, RESNET_50 = (ForwardWork(products) for products in (4.1
 DENOISER = ForwardWork(1.8e10, 180 * 180)
 
 
-def test_a_step_and_a_block_cost_about_the_same_whatever_the_network() -> None:
+def test_all_steps_together_cost_about_the_same_whatever_the_network() -> None:
     small, middle, large = (recipe_for(Effort.FAST, work) for work in (RESNET_20, MOBILENET_V2, RESNET_50))
     assert (small.iterations, small.batch) == (500, 32)
-    assert (middle.iterations, middle.batch) == (250, 10)
-    assert (large.iterations, large.batch) == (200, 8)
+    assert (middle.iterations, middle.batch) == (500, 5)
+    assert (large.iterations, large.batch) == (200, 4)
     assert recipe_for(Effort.FAST, ForwardWork(0.0)).iterations == 500
 
 
 @pytest.mark.parametrize(("positions", "batch"), [(1, 8), (49, 8), (56, 7), (121, 4), (391, 2), (392, 1), (32400, 1)])
-def test_a_batch_shows_every_layer_enough_positions(positions: int, batch: int) -> None:
-    assert recipe_for(Effort.FAST, ForwardWork(1e12, positions)).batch == batch
+def test_a_batch_shows_every_layer_of_a_block_enough_positions(positions: int, batch: int) -> None:
+    large = recipe_for(Effort.FAST, ForwardWork(1e12, 180 * 180))
+    assert large.batch == 1
+    assert block_recipe(large, positions, 8).batch == batch
+    small = recipe_for(Effort.FAST, RESNET_20)
+    assert block_recipe(small, positions, 8).batch == small.batch == 32
+
+
+@pytest.mark.parametrize(("bits", "keep"), [(2, 1.0), (3, 1.0), (4, 0.5), (8, 0.5)])
+def test_masks_are_for_activations_of_at_least_4_bits(bits: int, keep: float) -> None:
+    assert block_recipe(recipe_for(Effort.FAST, RESNET_20), 64, bits).keep == keep
+    assert block_recipe(Recipe(100), 64, bits).keep == 1.0
 
 
 def test_what_a_network_can_afford_does_not_depend_on_positions() -> None:

@@ -42,8 +42,6 @@ def forward_work(model: ir.Model, source: CalibrationSource, *, threads: int = 1
     outputs = list(dict.fromkeys(layer.output for layer in layers))
     values = make_session(model, outputs=outputs, threads=threads).run(next(iter(source.read([0]))))
     sizes = [values[layer.output].size for layer in layers]
-    positions = {
-        layer.name: max(size // layer.out_channels, 1) for size, layer in zip(sizes, layers, strict=True)
-    }
+    positions = {layer.name: max(size // layer.out_channels, 1) for size, layer in zip(sizes, layers, strict=True)}
     products = sum(size * layer.depth for size, layer in zip(sizes, layers, strict=True))
     return ForwardWork(float(products), min(positions.values()), positions)

@@ -152,16 +152,15 @@ def recipe_for(effort: Effort, work: ForwardWork) -> Recipe:
 
 
 def block_recipe(recipe: Recipe, positions: int, bits: int) -> Recipe:
-    """How one of the blocks is learned.
+    """How one of the blocks is learned: with batches that show every layer enough, and masks from 4 bits on only.
+
+    A block that always sees the same rounding errors of the same samples learns to undo these, which helps no other
+    sample; fewer bits round so coarsely that half of the values in float are another network.
 
     Args:
         recipe: How blocks are learned (:func:`recipe_for`).
         positions: Output positions per sample of the block's layer that has the fewest, at least 1.
         bits: Of the narrowest activation whose step the block learns; 8 where it learns none.
-
-    Returns:
-        The recipe with a batch that shows every layer enough, and with masks (QDrop) from 4 bits on only: a block that always sees
-        the same rounding errors of the same samples learns to undo these.
     """
     keep = recipe.keep if bits >= _KEEP_BITS else 1.0
     return dataclasses.replace(recipe, batch=max(recipe.batch, least_batch(positions)), keep=keep)

@@ -17,6 +17,8 @@ def work_of(text: str, weights: dict[str, tuple[int, ...]], samples: np.ndarray)
     rng = np.random.default_rng(0)
     for name, shape in weights.items():
         proto.graph.initializer.append(onnx.numpy_helper.from_array(rng.random(shape, np.float32), name))
+    for index, node in enumerate(proto.graph.node):
+        node.name = f"{node.op_type} {index}"
     model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
     return forward_work(model, open_source(samples, input_specs(model)))
 
@@ -35,7 +37,7 @@ def test_an_image_out_shows_its_pixels() -> None:
 def test_groups_count_their_own_channels() -> None:
     text = """m (float[N,6,H,W] x) => (float[N,6,H,W] y) { y = Conv <pads = [1, 1, 1, 1], group = 6> (x, w) }"""
     found = work_of(text, {"w": (6, 1, 3, 3)}, np.ones((4, 6, 7, 5), np.float32))
-    assert found == ForwardWork(7 * 5 * 6 * 9, 7 * 5)
+    assert found == ForwardWork(7 * 5 * 6 * 9, 7 * 5, {"Conv 0": 35})
 
 
 def test_a_classifier_s_last_layer_shows_one_position() -> None:
@@ -45,12 +47,13 @@ def test_a_classifier_s_last_layer_shows_one_position() -> None:
         c = Flatten(b)
         y = Gemm <transB = 1> (c, v) }"""
     found = work_of(text, {"w": (4, 3, 1, 1), "v": (10, 4)}, np.ones((4, 3, 8, 8), np.float32))
-    assert found == ForwardWork(64 * 4 * 3 + 10 * 4, 1)
+    assert found == ForwardWork(64 * 4 * 3 + 10 * 4, 1, {"Conv 0": 64, "Gemm 3": 1})
 
 
 def test_a_matrix_product_shows_its_rows() -> None:
     text = "m (float[N,L,16] x) => (float[N,L,32] y) { y = MatMul(x, w) }"
-    assert work_of(text, {"w": (16, 32)}, np.ones((4, 9, 16), np.float32)) == ForwardWork(9 * 32 * 16, 9)
+    found = work_of(text, {"w": (16, 32)}, np.ones((4, 9, 16), np.float32))
+    assert found == ForwardWork(9 * 32 * 16, 9, {"MatMul 0": 9})
 
 
 def test_a_network_without_layers_is_no_work() -> None:

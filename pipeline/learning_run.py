@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -15,6 +16,7 @@ from postquant.passes.plan import QuantPlan
 from postquant.pipeline.config import Border
 from postquant.pipeline.importance import block_importance
 from postquant.pipeline.job import Job
+from postquant.pipeline.learned_depth import LearnedDepth
 from postquant.pipeline.progress import NullProgress
 from postquant.runtime_ops.law_adaptive import Feature
 
@@ -62,29 +64,40 @@ class LearningRun:
         self._blocks = blocks
         self._whole = network_recipe(job.config.effort, work)
 
-    def learn(self, plan: QuantPlan) -> tuple[QuantPlan, tuple[LearnedBlock, ...]]:
-        """The learned plan, and what happened to every block."""
+    def learn(
+        self, plan: QuantPlan, measure: Callable[[QuantPlan], float]
+    ) -> tuple[QuantPlan, tuple[LearnedBlock, ...]]:
+        """Learns.
+
+        Args:
+            plan: A decided plan.
+            measure: The error of the network's outputs, >= 0.
+
+        Returns:
+            The learned plan, and what happened to every block.
+        """
         whole = 0 if self._whole is None else self._whole.iterations
         self._job.progress.stage("learn", len(self._blocks) * self.recipe.iterations + whole)
-        plan, found = self._learn_blocks(plan)
+        plan, found = self._learn_blocks(LearnedDepth(plan, measure))
         if self._whole is not None:
             plan, network = self._learn_network(plan, self._whole)
             found = (*found, network)
         return plan, found
 
-    def _learn_blocks(self, plan: QuantPlan) -> tuple[QuantPlan, tuple[LearnedBlock, ...]]:
+    def _learn_blocks(self, depth: LearnedDepth) -> tuple[QuantPlan, tuple[LearnedBlock, ...]]:
         import torch
 
         from postquant.calib.learn.block_cache import BlockCache
         from postquant.calib.learn.learner import Learner
 
-        job, done = self._job, []
+        job, done, plan = self._job, [], depth.plan
         for index in range(len(self._blocks)):
             saved = self._saved(index)
             if saved is None:
                 break
             plan, block = saved
             done.append(block)
+            depth.add(plan, block)
         if done:
             job.progress.say(f"{len(done)} learned blocks are there already")
         job.progress.advance(len(done) * self.recipe.iterations)
@@ -93,6 +106,7 @@ class LearningRun:
         def save(plan: QuantPlan, block: LearnedBlock) -> None:
             nonlocal count
             self._save(count, plan, block, bar)
+            depth.add(plan, block)
             count += 1
 
         importance, notes = block_importance(job, self._model, self._blocks, self.recipe)
@@ -108,9 +122,8 @@ class LearningRun:
             threads=self._threads,
             importance=importance,
         )
-        return learner.run(
-            plan, done=done, save=save, progress=lambda block, step, loss: bar.show(block.name, step, loss)
-        )
+        learner.run(plan, done=done, save=save, progress=lambda block, step, loss: bar.show(block.name, step, loss))
+        return depth.plan, depth.blocks
 
     def _learn_network(self, plan: QuantPlan, recipe: Recipe) -> tuple[QuantPlan, LearnedBlock]:
         import torch

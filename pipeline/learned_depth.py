@@ -1,0 +1,54 @@
+"""How far into a network learned blocks are used: :class:`LearnedDepth`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from postquant.passes.plan import QuantPlan
+
+if TYPE_CHECKING:
+    from postquant.calib.learn.learner import LearnedBlock
+
+LEFT = "the network's outputs are best without it"
+
+
+class LearnedDepth:
+    """How far into the network learned blocks make its outputs better.
+
+    Where a block's layers have more weights than the samples can determine, it learns what the blocks in front made of
+    these samples. Its own output is better on others as well, and the network's outputs are not.
+
+    Args:
+        plan: Before anything was learned.
+        measure: The error of the network's outputs.
+
+    Attributes:
+        plan: The best one so far.
+    """
+
+    def __init__(self, plan: QuantPlan, measure: Callable[[QuantPlan], float]) -> None:
+        self.plan = plan
+        self._measure = measure
+        self._least = measure(plan)
+        self._found: list[LearnedBlock] = []
+        self._depth = 0
+
+    def add(self, plan: QuantPlan, block: LearnedBlock) -> None:
+        """One more block, and the plan behind it."""
+        self._found.append(block)
+        if not block.kept:
+            return
+        error = self._measure(plan)
+        if error < self._least:
+            self.plan, self._least, self._depth = plan, error, len(self._found)
+
+    @property
+    def blocks(self) -> tuple[LearnedBlock, ...]:
+        """All blocks; those behind the best depth are not kept."""
+        left = [
+            dataclasses.replace(block, kept=False, reason=LEFT) if block.kept else block
+            for block in self._found[self._depth :]
+        ]
+        return (*self._found[: self._depth], *left)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +17,9 @@ from postquant.passes.target import load_target
 from postquant.pipeline import learning_run
 from postquant.pipeline.api import quantize
 from postquant.pipeline.config import Border, Method, QuantConfig, Weights
+from postquant.pipeline.learned_depth import LEFT, LearnedDepth
 from postquant.pipeline.learning import learning_blocks
+from postquant.pipeline.report import Report
 from postquant.runtime_ops.errors import ConfigError
 from postquant.runtime_ops.quantizer import TensorQuantizer
 from postquant.runtime_ops.spec import QuantSpec
@@ -53,40 +56,77 @@ def test_widths_do_not_part_layers(bits: list[int]) -> None:
     assert max(len(block.layers) for block in blocks) > 1
 
 
-@pytest.mark.usefixtures("torch_installed")
-def test_errors_of_blocks_are_weighed_where_that_is_asked_for(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def few_steps(torch_installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks alone are learned, in 60 steps."""
     monkeypatch.setattr(learning_run, "recipe_for", lambda *a: dataclasses.replace(recipe_for(*a), iterations=60))
     monkeypatch.setattr(learning_run, "network_recipe", lambda *a: None)
+
+
+def _learn(out: pathlib.Path, **changes: Any) -> Report:
+    """The chain at 3 bits, in blocks of two layers."""
     rng = np.random.default_rng(0)
     proto = onnx.parser.parse_model(CHAIN)
     for index in range(4):
         weight = rng.standard_normal((4, 4)).astype(np.float32)
         proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, f"w{index}"))
     feeds = [{"x": rng.standard_normal((1, 4)).astype(np.float32)} for _ in range(24)]
+    config = QuantConfig(
+        wbits=3,
+        abits=3,
+        method=Method.MSE,
+        weights=Weights.INT,
+        border=Border.OFF,
+        learn=True,
+        max_layers=2,
+        verify_samples=4,
+        bundle=False,
+    )
+    report = quantize(proto, feeds, dataclasses.replace(config, **changes), out=out).report
+    assert all(check.passed for check in report.checks)
+    return report
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_errors_of_blocks_are_weighed_where_that_is_asked_for(tmp_path: pathlib.Path) -> None:
     plans, notes, count = [], [], 0
     for fisher in (False, True):
-        config = QuantConfig(
-            wbits=3,
-            abits=3,
-            method=Method.MSE,
-            weights=Weights.INT,
-            border=Border.OFF,
-            learn=True,
-            max_layers=2,
-            fisher=fisher,
-            verify_samples=4,
-            bundle=False,
-        )
-        report = quantize(proto, feeds, config, out=tmp_path / str(fisher)).report
-        assert all(check.passed for check in report.checks)
+        report = _learn(tmp_path / str(fisher), fisher=fisher)
         notes.append([note for note in report.notes if "errors of" in note])
         count = sum(stage.name.startswith("learn ") for stage in report.stages)
         plans.append((tmp_path / str(fisher) / "plan.safetensors").read_bytes())
     told = f"errors of {count} of {count} blocks are weighed by squared gradients of the network's outputs"
     assert notes == [[], [told]]
     assert plans[0] != plans[1]
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("errors", [[1.0, 0.5, 0.7], [1.0, 1.1, 1.2]])
+def test_blocks_behind_the_best_depth_are_as_they_were(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, errors: list[float]
+) -> None:
+    as_found = _learn(tmp_path / "found")
+    learned = [stage.kept for stage in as_found.stages if stage.name.startswith("learn ")]
+    assert learned == [True, True]
+    measured: list[QuantPlan] = []
+
+    def measure(plan: QuantPlan) -> float:
+        measured.append(plan)
+        return errors[len(measured) - 1]
+
+    monkeypatch.setattr(learning_run, "LearnedDepth", lambda plan, _: LearnedDepth(plan, measure))
+    report = _learn(tmp_path / "cut")
+    stages = [stage for stage in report.stages if stage.name.startswith("learn ")]
+    depth = errors.index(min(errors))
+    assert [stage.kept for stage in stages] == [index < depth for index in range(2)]
+    assert all(LEFT in stage.detail for stage in stages[depth:])
+    found, cut = (QuantPlan.load(tmp_path / name / "plan.safetensors") for name in ("found", "cut"))
+    for index in range(4):
+        one, other = (plan.weights[f"w{index}"] for plan in (found, cut))
+        assert isinstance(one, TensorQuantizer)
+        assert isinstance(other, TensorQuantizer)
+        same = np.array_equal(one.scale, other.scale)
+        assert same == (index < 2 * depth)
 
 
 def test_errors_are_weighed_only_where_blocks_are_learned() -> None:

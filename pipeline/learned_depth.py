@@ -1,4 +1,9 @@
-"""How far into a network learned blocks are used: :class:`LearnedDepth`."""
+"""How far into a network learned blocks are used: :class:`LearnedDepth`.
+
+    depth = argmin over k of the error of the network's outputs with the first k blocks as learned, k = 0, 1, ...
+
+on samples that were not learned from; the first one of equals.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from postquant.passes.plan import QuantPlan
 if TYPE_CHECKING:
     from postquant.calib.learn.learner import LearnedBlock
 
-LEFT = "the network's outputs are best without it"
+LEFT = "the network's outputs are best with fewer learned blocks"
 
 
 class LearnedDepth:
@@ -22,16 +27,17 @@ class LearnedDepth:
 
     Args:
         plan: Before anything was learned.
-        measure: The error of the network's outputs.
+        error: Of the network's outputs with this plan, >= 0.
+        measure: The error with another plan.
 
     Attributes:
         plan: The best one so far.
     """
 
-    def __init__(self, plan: QuantPlan, measure: Callable[[QuantPlan], float]) -> None:
+    def __init__(self, plan: QuantPlan, error: float, measure: Callable[[QuantPlan], float]) -> None:
         self.plan = plan
         self._measure = measure
-        self._least = measure(plan)
+        self._least = error
         self._found: list[LearnedBlock] = []
         self._depth = 0
 

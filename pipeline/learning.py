@@ -82,7 +82,7 @@ def learn(
     judges = judging_samples(len(job.source), run.recipe.validation)
     trial = Trial(reference, SubsetSource(job.source, judges), samples=len(judges), threads=threads)
     before = trial.measure(model, plan)
-    learned, found = run.learn(plan, lambda plan: trial.measure(model, plan).error)
+    learned, found = run.learn(plan, before.error, lambda plan: trial.measure(model, plan).error)
     after = trial.measure(model, learned)
     kept = after.error < before.error
     log.note(*run.notes)

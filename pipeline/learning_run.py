@@ -16,7 +16,7 @@ from postquant.passes.plan import QuantPlan
 from postquant.pipeline.config import Border
 from postquant.pipeline.importance import block_importance
 from postquant.pipeline.job import Job
-from postquant.pipeline.learned_depth import LearnedDepth
+from postquant.pipeline.learned_depth import LEFT, LearnedDepth
 from postquant.pipeline.progress import NullProgress
 from postquant.runtime_ops.law_adaptive import Feature
 
@@ -65,20 +65,21 @@ class LearningRun:
         self._whole = network_recipe(job.config.effort, work)
 
     def learn(
-        self, plan: QuantPlan, measure: Callable[[QuantPlan], float]
+        self, plan: QuantPlan, error: float, measure: Callable[[QuantPlan], float]
     ) -> tuple[QuantPlan, tuple[LearnedBlock, ...]]:
         """Learns.
 
         Args:
             plan: A decided plan.
-            measure: The error of the network's outputs, >= 0.
+            error: Of the network's outputs with this plan, >= 0.
+            measure: The error with another plan.
 
         Returns:
             The learned plan, and what happened to every block.
         """
         whole = 0 if self._whole is None else self._whole.iterations
         self._job.progress.stage("learn", len(self._blocks) * self.recipe.iterations + whole)
-        plan, found = self._learn_blocks(LearnedDepth(plan, measure))
+        plan, found = self._learn_blocks(LearnedDepth(plan, error, measure))
         if self._whole is not None:
             plan, network = self._learn_network(plan, self._whole)
             found = (*found, network)
@@ -123,6 +124,9 @@ class LearningRun:
             importance=importance,
         )
         learner.run(plan, done=done, save=save, progress=lambda block, step, loss: bar.show(block.name, step, loss))
+        left = sum(block.reason == LEFT for block in depth.blocks)
+        if left:
+            job.progress.say(f"{left} learned blocks are left as they were: {LEFT}")
         return depth.plan, depth.blocks
 
     def _learn_network(self, plan: QuantPlan, recipe: Recipe) -> tuple[QuantPlan, LearnedBlock]:

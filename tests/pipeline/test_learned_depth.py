@@ -23,8 +23,8 @@ from postquant.pipeline.learned_depth import LEFT, LearnedDepth
 )
 def test_the_best_depth_is_kept(errors: list[float], depth: int) -> None:
     plans = [QuantPlan("onnxruntime") for _ in range(4)]
-    known = {id(plan): error for plan, error in zip(plans, [1.0, *errors], strict=True)}
-    found = LearnedDepth(plans[0], lambda plan: known[id(plan)])
+    known = {id(plan): error for plan, error in zip(plans[1:], errors, strict=True)}
+    found = LearnedDepth(plans[0], 1.0, lambda plan: known[id(plan)])
     for index, plan in enumerate(plans[1:]):
         found.add(plan, LearnedBlock(f"b{index}", ("l",), kept=True))
     assert found.plan is plans[depth]
@@ -34,13 +34,7 @@ def test_the_best_depth_is_kept(errors: list[float], depth: int) -> None:
 
 def test_what_was_not_kept_for_another_reason_says_so_and_is_not_measured() -> None:
     plan = QuantPlan("onnxruntime")
-    calls: list[QuantPlan] = []
-
-    def measure(plan: QuantPlan) -> float:
-        calls.append(plan)
-        return 1.0
-
-    found = LearnedDepth(plan, measure)
+    found = LearnedDepth(plan, 1.0, lambda _: pytest.fail("measured"))
     found.add(plan, LearnedBlock("b", ("l",), kept=False, reason="no gain"))
     assert found.blocks[0].reason == "no gain"
-    assert calls == [plan]
+    assert found.plan is plan

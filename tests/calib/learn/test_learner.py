@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from postquant.calib.input_spec import input_specs
-from postquant.calib.learn import objective
+from postquant.calib.learn import learner, objective
 from postquant.calib.learn.batch_parts import BatchParts
 from postquant.calib.learn.block_borders import with_neutral
 from postquant.calib.learn.block_cache import BlockCache
@@ -81,12 +82,15 @@ class Case:
         plan: QuantPlan | None = None,
         done: tuple[LearnedBlock, ...] = (),
         threads: int = 1,
+        positions: Mapping[str, int] | None = None,
     ) -> tuple[list[QuantPlan], tuple[LearnedBlock, ...]]:
         """The plan after every block that is not done, and all blocks."""
         plans: list[QuantPlan] = []
         cache = BlockCache(self.model, self.blocks, self.source, folder, memory=1 << 30)
-        learner = Learner(self.model, self.blocks, cache, recipe, seed=3, device=CPU, positions={}, threads=threads)
-        _, found = learner.run(
+        run = Learner(
+            self.model, self.blocks, cache, recipe, seed=3, device=CPU, positions=positions or {}, threads=threads
+        )
+        _, found = run.run(
             plan or self.plan,
             done=done,
             save=lambda after, block: plans.append(after),
@@ -130,6 +134,22 @@ def test_learning_lowers_the_error_of_the_emitted_model(case: Case, tmp_path: pa
     assert middle.after > middle.before + 1.0
     edges = [block for block in found if block is not middle]
     assert [block.reason for block in edges] == ["nothing in it has fewer than 8 bits"] * 2
+
+
+@pytest.mark.parametrize(("positions", "least"), [({"conv1": 36, "conv2": 20}, 20), ({"conv1": 36}, 1)])
+def test_a_block_s_recipe_follows_from_its_own_layers(
+    case: Case, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, positions: dict[str, int], least: int
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def short(recipe: Recipe, positions: int, bits: int) -> Recipe:
+        asked.append((positions, bits))
+        return dataclasses.replace(recipe, iterations=4)
+
+    monkeypatch.setattr(learner, "block_recipe", short)
+    _, found = case.learn(tmp_path, positions={**positions, "stem": 7, "head": 7})
+    assert asked == [(least, 3)]
+    assert next(block for block in found if block.layers == ("conv1", "conv2")).iterations in (4, 6)
 
 
 @pytest.mark.parametrize("more", [{}, *ROUNDINGS])

@@ -2,9 +2,10 @@
 
     L = |f(x_in) - y|^2 / |y - mean y|^2
 
-``x_in`` comes from the already quantized prefix, ``y`` from the float network. Where the elements of y do not count the
-same (:mod:`postquant.calib.learn.fisher`), every squared error is multiplied by what it counts. With QDrop's masks a
-part of the input comes from the float network, and a part of the activations inside is not quantized.
+``x_in`` comes from the already quantized prefix, ``y`` from the float network. Errors that no reader of the output can
+see do not count (:mod:`postquant.calib.learn.visible`), and y has the variance of what they see. Where the elements of
+y do not count the same (:mod:`postquant.calib.learn.fisher`), every squared error is multiplied by what it counts. With
+QDrop's masks a part of the input comes from the float network, and a part of the activations inside is not quantized.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from postquant.calib.learn.objective import Objective
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.quantizers import DropMasks
 from postquant.calib.learn.reader import Reader
+from postquant.calib.learn.visible import Visible
 
 Tensor = torch.Tensor
 _Item = tuple[list[int], DropMasks | None]
@@ -35,6 +37,7 @@ class BlockObjective(Objective):
         batch: Samples per step.
         device: Where.
         steps: Threads for the parts of a batch.
+        visible: What the readers of the output see of it.
         importance: What every element of the output counts, of mean 1; None for 1
             (:class:`postquant.calib.learn.fisher.Importance`).
     """
@@ -47,15 +50,17 @@ class BlockObjective(Objective):
         batch: int,
         device: torch.device,
         steps: ParallelSteps,
+        visible: Visible,
         importance: Tensor | None = None,
     ) -> None:
         super().__init__(nodes, batch, device, steps)
         self._output = output
         self._samples = samples
+        self._visible = visible
         self._importance = None if importance is None else _fitting(importance, samples).to(device)
         total, square, count = 0.0, 0.0, 0
         for index in range(0, len(samples), max(len(samples) // 64, 1)):
-            part = samples.target.take([index]).double()
+            part = visible.clip(samples.target.take([index])).double()
             total, square, count = total + float(part.sum()), square + float(part.square().sum()), count + part.numel()
         self.variance = max(square / count - (total / count) ** 2, 1e-30)
 
@@ -73,7 +78,7 @@ class BlockObjective(Objective):
 
     def output(self, part: Sequence[int], reader: Reader) -> Tensor:
         """The block's output, in units in which every squared error counts 1."""
-        result = self._run(self.inputs(part), reader)
+        result = self._visible.clip(self._run(self.inputs(part), reader))
         return result if self._importance is None else result * self._importance.sqrt()
 
     def items(self, chosen: Sequence[int], masks: DropMasks | None) -> list[_Item]:
@@ -85,14 +90,14 @@ class BlockObjective(Objective):
         part, masks = item
         reader = quantizers.reader(masks=masks, constants=constants)
         result = self._run(self._mixed(part, masks), reader)
-        square = (result - self.take(self._samples.target, part)).square()
+        square = self._visible.error(result, self.take(self._samples.target, part)).square()
         error = self._counted(square).mean() / self.variance
         return error + reader.penalty(), len(part)
 
     def judged_sums(self, part: Sequence[int], reader: Reader) -> tuple[float, float, int]:
         """Of squared errors, by what they count and as they are, and the number of elements."""
         result = self._run(self.inputs(part), reader)
-        square = (result - self.take(self._samples.target, part)).square()
+        square = self._visible.error(result, self.take(self._samples.target, part)).square()
         loss, error = (float(of.double().sum()) / self.variance for of in (self._counted(square), square))
         return loss, error, result.numel()
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import onnx_ir as ir
 import torch
 
+from postquant.calib.layers import Layer
 from postquant.calib.learn.block_borders import with_neutral
 from postquant.calib.learn.block_cache import BlockCache, BlockSamples
 from postquant.calib.learn.block_objective import BlockObjective
@@ -24,8 +25,9 @@ from postquant.calib.learn.executor import supported
 from postquant.calib.learn.objective import BlockDiffersError
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.read_keys import keys_read
-from postquant.calib.learn.recipe import Borders, Recipe, Rounding, block_recipe
+from postquant.calib.learn.recipe import Borders, Recipe, Rounding, block_recipe, judging_samples
 from postquant.calib.learn.reconstruct import BlockOutcome, reconstruct
+from postquant.calib.learn.visible import visible_part
 from postquant.passes.blocks import Block
 from postquant.passes.free_memory import hold_memory
 from postquant.passes.plan import QuantPlan
@@ -41,8 +43,8 @@ class LearnedBlock:
         layers: Names of its quantized layers.
         kept: Whether the plan has what was learned.
         reason: Why nothing was learned or kept, or None.
-        before: SQNR of the block's output in dB, on samples that were not learned from, as it was; None where nothing
-            was measured.
+        before: SQNR of what readers see of the block's output in dB, on samples that were not learned from, as it was;
+            None where nothing was measured.
         after: The same as learned.
         iterations: Steps of the optimizer.
         seconds: Time.
@@ -145,6 +147,8 @@ class Learner:
         if borders or features:
             plan = with_neutral(self._model, plan, nodes, decided, borders=borders, features=features)
 
+        visible = visible_part(self._model, plan, block.output)
+
         def attempt(recipe: Recipe, samples: BlockSamples) -> tuple[BlockQuantizers, BlockOutcome]:
             quantizers = BlockQuantizers(self._model, plan, nodes, decided, recipe, self._device)
             outcome = reconstruct(
@@ -155,6 +159,7 @@ class Learner:
                     recipe.batch,
                     self._device,
                     steps,
+                    visible,
                     self._importance.get(block.output),
                 ),
                 samples.groups,
@@ -171,9 +176,10 @@ class Learner:
         if not unlearned.narrow:
             reason = f"nothing in it has fewer than {FIXED_BITS} bits"
             return given, LearnedBlock(block.name, block.layers, kept=False, reason=reason)
-        positions = min((self._positions.get(name, 1) for name in block.layers), default=1)
-        recipe = block_recipe(self._recipe, positions, unlearned.bits)
         with self._cache.load(block, plan) as samples:
+            recipe = self._recipe_of(block, unlearned.bits, len(samples))
+            if recipe.exact:
+                samples = dataclasses.replace(samples, quantized=samples.exact)
             try:
                 quantizers, outcome = attempt(recipe, samples)
                 if not outcome.kept and recipe.rounding is Rounding.FREE:
@@ -184,6 +190,16 @@ class Learner:
                 return given, LearnedBlock(block.name, block.layers, kept=False, reason=str(error))
         learned = learned_block(block.name, block.layers, outcome)
         return quantizers.to_plan(plan) if outcome.kept else given, learned
+
+    def _recipe_of(self, block: Block, bits: int, samples: int) -> Recipe:
+        """How a block is learned whose narrowest learned activation has so many bits."""
+        shown = {name: self._positions.get(name, 1) for name in block.layers}
+        layers = (Layer.of(self._nodes[name]) for name in block.layers)
+        learned = samples - len(judging_samples(samples, self._recipe.validation))
+        rows = min(
+            (shown[layer.name] * learned / layer.depth for layer in layers if layer is not None), default=math.inf
+        )
+        return block_recipe(self._recipe, min(shown.values(), default=1), bits, rows)
 
     def _decided(self, plan: QuantPlan, block: Block) -> frozenset[str]:
         """Keys of quantizers that nodes in front of the block's end, and not in it, read through."""

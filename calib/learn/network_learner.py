@@ -19,6 +19,7 @@ from postquant.calib.learn.objective import BlockDiffersError
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.recipe import Recipe
 from postquant.calib.learn.reconstruct import BlockOutcome, reconstruct
+from postquant.calib.learn.visible import visible_part
 from postquant.calib.output_error import float_outputs
 from postquant.calib.source import CalibrationSource
 from postquant.passes.blocks import Block
@@ -74,12 +75,14 @@ def learn_network(
     if not outputs:
         return plan, LearnedBlock(NAME, layers, kept=False, reason="no output is a float")
 
+    inner = {block.output: visible_part(model, plan, block.output) for block in blocks}
+
     def attempt(recipe: Recipe) -> tuple[BlockQuantizers, BlockOutcome]:
         generator = torch.Generator().manual_seed(seed)
         objective = NetworkObjective(
             model,
             outputs,
-            [block.output for block in blocks],
+            inner,
             recipe.features,
             samples,
             Augmentation.of(source.inputs, generator) if augment else None,

@@ -4,7 +4,8 @@
 
 Blocks are learned one after the other and cannot know what later ones make of their errors. The outputs alone say too
 little about so many weights: learning from them fits the calibration samples. The values between blocks hold what is
-inside where it was (as hints do, Romero et al. 2015).
+inside where it was (as hints do, Romero et al. 2015); errors of theirs that no reader can see do not count
+(:mod:`postquant.calib.learn.visible`).
 
 The float network runs beside the quantized one, so that images can be mirrored and shifted at random
 (:class:`postquant.calib.learn.augment.Augmentation`).
@@ -24,6 +25,7 @@ from postquant.calib.learn.objective import Objective
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.quantizers import DropMasks
 from postquant.calib.learn.reader import Reader
+from postquant.calib.learn.visible import Visible
 from postquant.passes.session import make_session
 
 Tensor = torch.Tensor
@@ -38,7 +40,7 @@ class NetworkObjective(Objective):
     Args:
         model: The simplified float model.
         outputs: Names of its float outputs.
-        inner: Names of values between its blocks.
+        inner: Names of values between its blocks, and what their readers see of them.
         features: Weight of their errors, >= 0.
         samples: Inputs.
         augmentation: Of images; None for none.
@@ -51,7 +53,7 @@ class NetworkObjective(Objective):
         self,
         model: ir.Model,
         outputs: Sequence[str],
-        inner: Sequence[str],
+        inner: Mapping[str, Visible],
         features: float,
         samples: NetworkSamples,
         augmentation: Augmentation | None,
@@ -66,8 +68,9 @@ class NetworkObjective(Objective):
         self._outputs = tuple(outputs)
         # One term per value: its share in the loss.
         self._shares = {name: 1 / len(outputs) for name in outputs}
-        inner = [name for name in inner if name not in self._shares] if features else []
-        self._shares |= {name: features / len(inner) for name in inner}
+        between = [name for name in inner if name not in self._shares] if features else []
+        self._shares |= {name: features / len(between) for name in between}
+        self._visible = {name: inner.get(name, Visible()) for name in self._shares}
         self._variances = self._measured_variances()
         # Every output is divided by its deviation before they are compared (:meth:`output`).
         self.variance = 1.0
@@ -125,17 +128,20 @@ class NetworkObjective(Objective):
 
     def _errors(self, got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Relative error of every value, () float32."""
-        return {name: (got[name] - exact[name]).square().mean() / self._variances[name] for name in self._shares}
+        return {
+            name: visible.error(got[name], exact[name]).square().mean() / self._variances[name]
+            for name, visible in self._visible.items()
+        }
 
     def _measured_variances(self) -> dict[str, float]:
-        """Of every value that the loss compares."""
+        """Of what is seen of every value that the loss compares."""
         sums = {name: [0.0, 0.0, 0] for name in self._shares}
         count = len(self._samples)
         for index in range(0, count, max(count // _MEASURED, 1)):
             with torch.no_grad():
                 values = self.run(self.inputs([index]), None, self._shares)
             for name, found in sums.items():
-                value = values[name].double()
+                value = self._visible[name].clip(values[name]).double()
                 found[0] += float(value.sum())
                 found[1] += float(value.square().sum())
                 found[2] += value.numel()

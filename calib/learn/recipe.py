@@ -66,6 +66,7 @@ class Recipe:
         warm_up: Share of the iterations without regulariser.
         beta: Exponent of the regulariser behind the warm-up and at the end.
         keep: Share of activations that QDrop quantizes, and of inputs that come from the quantized prefix.
+        exact: Whether all inputs come from the float network.
         validation: Share of the samples that only judge.
         borders: What is learned of rounding borders.
         border_rate: Of their coefficients and strengths; falls to zero along a cosine.
@@ -90,6 +91,7 @@ class Recipe:
     warm_up: float = 0.2
     beta: tuple[float, float] = (20.0, 2.0)
     keep: float = 1.0
+    exact: bool = False
     validation: float = 0.125
     borders: Borders = Borders.OFF
     border_rate: float = 1e-2
@@ -135,6 +137,8 @@ _LEAST_STEPS = 50
 # QDrop, and the bits of activations below which all values are quantized.
 _KEEP = 0.5
 _KEEP_BITS = 4
+# Rows of learning samples per weight of an output below which a block fits the errors of its inputs by heart.
+_ROWS = 32.0
 
 
 def recipe_for(effort: Effort, work: ForwardWork) -> Recipe:
@@ -151,19 +155,24 @@ def recipe_for(effort: Effort, work: ForwardWork) -> Recipe:
     return Recipe(min(_ITERATIONS[effort], affordable), batch=batch, keep=_KEEP)
 
 
-def block_recipe(recipe: Recipe, positions: int, bits: int) -> Recipe:
-    """How one of the blocks is learned: with batches that show every layer enough, and masks from 4 bits on only.
+def block_recipe(recipe: Recipe, positions: int, bits: int, rows: float) -> Recipe:
+    """How one of the blocks is learned: batches that show every layer enough, masks from 4 bits on, and which inputs.
 
     A block that always sees the same rounding errors of the same samples learns to undo these, which helps no other
-    sample; fewer bits round so coarsely that half of the values in float are another network.
+    sample; fewer bits round so coarsely that half of the values in float are another network. With few rows for its
+    weights, it learns the errors of its inputs by heart even so, and gets these as the float network has them.
 
     Args:
         recipe: How blocks are learned (:func:`recipe_for`).
         positions: Output positions per sample of the block's layer that has the fewest, at least 1.
         bits: Of the narrowest activation whose step the block learns; 8 where it learns none.
+        rows: Output positions of all samples that are learned from, per weight of an output, of the layer that has the
+            fewest.
     """
     keep = recipe.keep if bits >= _KEEP_BITS else 1.0
-    return dataclasses.replace(recipe, batch=max(recipe.batch, least_batch(positions)), keep=keep)
+    return dataclasses.replace(
+        recipe, batch=max(recipe.batch, least_batch(positions)), keep=keep, exact=recipe.exact or rows < _ROWS
+    )
 
 
 def least_batch(positions: int) -> int:

@@ -1,5 +1,6 @@
 """What elements count is the mean squared gradient of the outputs, and learning goes by it."""
 
+import math
 import pathlib
 
 import numpy as np
@@ -17,6 +18,7 @@ from postquant.calib.learn.block_quantizers import BlockQuantizers
 from postquant.calib.learn.fisher import Importance, measure_importance
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.recipe import Recipe
+from postquant.calib.learn.visible import Visible
 from postquant.calib.observers import MinMax
 from postquant.calib.open_source import open_source
 from postquant.calib.ranges import method_ranges
@@ -182,8 +184,9 @@ BLOCK = """
 """
 
 
+@pytest.mark.parametrize("limit", [math.inf, 0.75])
 @pytest.mark.parametrize("lengths", [[3], [3, 4]])
-def test_errors_of_a_block_are_weighed(lengths: list[int], tmp_path: pathlib.Path) -> None:
+def test_errors_of_a_block_are_weighed(lengths: list[int], limit: float, tmp_path: pathlib.Path) -> None:
     weight = RNG.standard_normal((2, 2, 1)).astype(np.float32) * [[[1.0]], [[4.0]]]
     model = _model(BLOCK, w=weight)
     xs = [RNG.standard_normal((1, 2, lengths[index % len(lengths)])).astype(np.float32) for index in range(12)]
@@ -201,12 +204,15 @@ def test_errors_of_a_block_are_weighed(lengths: list[int], tmp_path: pathlib.Pat
         parts = [index for index in range(12) if xs[index].shape[2] == 3][:4]
 
         def objective(importance: torch.Tensor | None) -> BlockObjective:
-            return BlockObjective(nodes, "y", samples, 4, CPU, steps, importance)
+            return BlockObjective(nodes, "y", samples, 4, CPU, steps, Visible(high=limit), importance)
 
         plain, counted = objective(None), objective(weights)
-        got = plain.output(parts, quantizers.reader()).detach().numpy()
+        with torch.no_grad():
+            got = plain.run(plain.inputs(parts), quantizers.reader(), ("y",))["y"].numpy()
         exact = np.concatenate([np.einsum("oi,nil->nol", weight[..., 0], xs[index]) for index in parts])
-        square = np.square(got - exact, dtype=np.float64) / plain.variance
+        # What lies above the limit in both networks is no error.
+        error = np.where(exact >= limit, np.minimum(got - limit, 0), got - exact)
+        square = np.square(error, dtype=np.float64) / plain.variance
         expected = float((square * fitting.numpy()).mean())
         assert expected != pytest.approx(square.mean(), rel=1e-2)
         (item,) = counted.items(parts, None)
@@ -218,4 +224,4 @@ def test_errors_of_a_block_are_weighed(lengths: list[int], tmp_path: pathlib.Pat
         assert judged == pytest.approx((expected * got.size, square.sum(), got.size), rel=1e-4)
         # The springs' curvature is that of the same loss: a unit of this output counts 1.
         root = counted.output(parts, quantizers.reader()).detach().numpy()
-        np.testing.assert_allclose(root, got * np.sqrt(fitting.numpy()), rtol=1e-5)
+        np.testing.assert_allclose(root, np.minimum(got, limit) * np.sqrt(fitting.numpy()), rtol=1e-5)

@@ -16,7 +16,7 @@ from postquant.calib.input_spec import input_specs
 from postquant.calib.learn import learner, objective
 from postquant.calib.learn.batch_parts import BatchParts
 from postquant.calib.learn.block_borders import with_neutral
-from postquant.calib.learn.block_cache import BlockCache
+from postquant.calib.learn.block_cache import BlockCache, BlockSamples
 from postquant.calib.learn.block_objective import BlockObjective
 from postquant.calib.learn.block_quantizers import BlockQuantizers
 from postquant.calib.learn.executor import constant_values, run_nodes
@@ -25,6 +25,7 @@ from postquant.calib.learn.optimizer import learned_leaves, make_optimizer
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.recipe import Borders, Recipe, Rounding
 from postquant.calib.learn.sample_split import SampleSplit
+from postquant.calib.learn.visible import Visible
 from postquant.calib.observers import MinMax
 from postquant.calib.open_source import open_source
 from postquant.calib.ranges import method_ranges
@@ -140,16 +141,40 @@ def test_learning_lowers_the_error_of_the_emitted_model(case: Case, tmp_path: pa
 def test_a_block_s_recipe_follows_from_its_own_layers(
     case: Case, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, positions: dict[str, int], least: int
 ) -> None:
-    asked: list[tuple[int, int]] = []
+    asked: list[tuple[int, int, float]] = []
 
-    def short(recipe: Recipe, positions: int, bits: int) -> Recipe:
-        asked.append((positions, bits))
+    def short(recipe: Recipe, positions: int, bits: int, rows: float) -> Recipe:
+        asked.append((positions, bits, rows))
         return dataclasses.replace(recipe, iterations=4)
 
     monkeypatch.setattr(learner, "block_recipe", short)
     _, found = case.learn(tmp_path, positions={**positions, "stem": 7, "head": 7})
-    assert asked == [(least, 3)]
+    # An eighth of the samples judges; an output has 6 x 3 x 3 weights.
+    learned = len(case.source) - round(len(case.source) / 8)
+    ((shown, bits, rows),) = asked
+    assert (shown, bits) == (least, 3)
+    assert rows == pytest.approx(least * learned / 54)
     assert next(block for block in found if block.layers == ("conv1", "conv2")).iterations in (4, 6)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_inputs_of_a_block_are_exact_where_the_recipe_says_so(
+    case: Case, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    seen = []
+
+    def spy(nodes: Any, output: str, samples: BlockSamples, *more: Any) -> BlockObjective:
+        seen.append([np.array_equal(samples.quantized[n].take([3]), samples.exact[n].take([3])) for n in samples.exact])
+        return BlockObjective(nodes, output, samples, *more)
+
+    def recipe_of(recipe: Recipe, *more: Any) -> Recipe:
+        return dataclasses.replace(recipe, exact=exact)
+
+    monkeypatch.setattr(learner, "BlockObjective", spy)
+    monkeypatch.setattr(learner, "block_recipe", recipe_of)
+    case.learn(tmp_path, dataclasses.replace(RECIPE, iterations=4))
+    assert all(same == [exact] for same in seen)
+    assert seen
 
 
 @pytest.mark.parametrize("more", [{}, *ROUNDINGS])
@@ -212,7 +237,7 @@ def test_gradients_of_parts_are_those_of_the_batch(case: Case, tmp_path: pathlib
     cache = BlockCache(case.model, case.blocks, case.source, tmp_path, memory=1 << 30)
     with cache.load(block, plan) as samples, ParallelSteps(2) as steps:
         split = SampleSplit(samples.groups, 0.125, torch.Generator().manual_seed(0))
-        runs = BlockObjective(nodes, block.output, samples, 16, CPU, steps)
+        runs = BlockObjective(nodes, block.output, samples, 16, CPU, steps, Visible())
         quantizers.advance(0.0)
         runs.settle(quantizers, split)
         assert quantizers.settled

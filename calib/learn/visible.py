@@ -84,6 +84,8 @@ def visible_part(model: ir.Model, plan: QuantPlan, name: str) -> Visible:
         if not found:
             return Visible()
         for quantizer in found:
-            least, most = (float(bound) for bound in quantizer.range())
+            # Where the step adapts to its sample, what the widest one shows.
+            widest = 1.0 if quantizer.adaptive is None else quantizer.adaptive.beta_max
+            least, most = (widest * float(bound) for bound in quantizer.range())
             low, high = max(low, least), min(high, most)
     return Visible(low, high)

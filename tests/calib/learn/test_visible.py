@@ -10,8 +10,10 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from postquant.calib.learn.adaptive import neutral_module
 from postquant.calib.learn.visible import Visible, visible_part
 from postquant.passes.plan import QuantPlan
+from postquant.runtime_ops.law_adaptive import Feature
 from postquant.runtime_ops.quantizer import TensorQuantizer
 from postquant.runtime_ops.spec import QuantSpec
 
@@ -54,6 +56,16 @@ def test_the_narrowest_range_counts(model: ir.Model) -> None:
     found = visible_part(model, lopsided, "a")
     assert -2.0 < found.low <= 0.0
     assert found.high == pytest.approx(9.0, abs=0.1)
+
+
+def test_a_step_that_adapts_shows_what_its_widest_one_shows(model: ir.Model) -> None:
+    quantizer = _quantizer(4, 0.0, 2.0)
+    adaptive = dataclasses.replace(quantizer, adaptive=neutral_module(2, Feature.MAXIMUM))
+    found = [
+        visible_part(model, dataclasses.replace(PLAN, requants={"conv:0": reader}), "a").high
+        for reader in (quantizer, adaptive)
+    ]
+    assert found == pytest.approx([2.0, 4.0])
 
 
 @pytest.mark.parametrize("name", ["y", "t"])

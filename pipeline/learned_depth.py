@@ -32,12 +32,13 @@ class LearnedDepth:
 
     Attributes:
         plan: The best one so far.
+        error: Its error.
     """
 
     def __init__(self, plan: QuantPlan, error: float, measure: Callable[[QuantPlan], float]) -> None:
         self.plan = plan
         self._measure = measure
-        self._least = error
+        self.error = error
         self._found: list[LearnedBlock] = []
         self._depth = 0
 
@@ -47,8 +48,8 @@ class LearnedDepth:
         if not block.kept:
             return
         error = self._measure(plan)
-        if error < self._least:
-            self.plan, self._least, self._depth = plan, error, len(self._found)
+        if error < self.error:
+            self.plan, self.error, self._depth = plan, error, len(self._found)
 
     @property
     def blocks(self) -> tuple[LearnedBlock, ...]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # What an adaptive step sees of its sample.
 ADAPTIVE_FEATURES = Feature.MEANS | Feature.DEVIATION | Feature.MAXIMUM
+NO_GAIN = "the network's outputs are no better"
 _BORDERS = dict.fromkeys(Border, Borders.OFF) | {
     Border.LEARNED_OWN: Borders.OWN,
     Border.LEARNED_NEIGHBOURS: Borders.NEIGHBOURS,
@@ -79,13 +80,18 @@ class LearningRun:
         """
         whole = 0 if self._whole is None else self._whole.iterations
         self._job.progress.stage("learn", len(self._blocks) * self.recipe.iterations + whole)
-        plan, found = self._learn_blocks(LearnedDepth(plan, error, measure))
-        if self._whole is not None:
-            plan, network = self._learn_network(plan, self._whole)
-            found = (*found, network)
-        return plan, found
+        depth = LearnedDepth(plan, error, measure)
+        self._learn_blocks(depth)
+        if self._whole is None:
+            return depth.plan, depth.blocks
+        plan, network = self._learn_network(depth.plan, self._whole)
+        if network.kept and not measure(plan) < depth.error:
+            # What lies between the blocks counts in its loss, too.
+            plan, network = depth.plan, dataclasses.replace(network, kept=False, reason=NO_GAIN)
+            self._job.progress.say(f"the whole network is left as it was: {NO_GAIN}")
+        return plan, (*depth.blocks, network)
 
-    def _learn_blocks(self, depth: LearnedDepth) -> tuple[QuantPlan, tuple[LearnedBlock, ...]]:
+    def _learn_blocks(self, depth: LearnedDepth) -> None:
         import torch
 
         from postquant.calib.learn.block_cache import BlockCache
@@ -127,7 +133,6 @@ class LearningRun:
         left = sum(block.reason == LEFT for block in depth.blocks)
         if left:
             job.progress.say(f"{left} learned blocks are left as they were: {LEFT}")
-        return depth.plan, depth.blocks
 
     def _learn_network(self, plan: QuantPlan, recipe: Recipe) -> tuple[QuantPlan, LearnedBlock]:
         import torch

@@ -10,7 +10,10 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from postquant.calib.learn.recipe import recipe_for
+from postquant.calib.learn import network_learner
+from postquant.calib.learn.learner import LearnedBlock
+from postquant.calib.learn.recipe import Recipe, recipe_for
+from postquant.calib.trial import Outcome, Trial
 from postquant.passes.place import PlacementSettings, place
 from postquant.passes.plan import QuantPlan
 from postquant.passes.target import load_target
@@ -19,7 +22,7 @@ from postquant.pipeline.api import quantize
 from postquant.pipeline.config import Border, Method, QuantConfig, Weights
 from postquant.pipeline.learned_depth import LEFT, LearnedDepth
 from postquant.pipeline.learning import learning_blocks
-from postquant.pipeline.report import Report
+from postquant.pipeline.report import Report, StageReport
 from postquant.runtime_ops.errors import ConfigError
 from postquant.runtime_ops.quantizer import TensorQuantizer
 from postquant.runtime_ops.spec import QuantSpec
@@ -105,18 +108,16 @@ def test_errors_of_blocks_are_weighed_where_that_is_asked_for(tmp_path: pathlib.
 def test_blocks_behind_the_best_depth_are_as_they_were(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, errors: list[float], depth: int
 ) -> None:
-    as_found = _learn(tmp_path / "found")
-    learned = [stage.kept for stage in as_found.stages if stage.name.startswith("learn ")]
-    assert learned == [True, True]
-    measured: list[QuantPlan] = []
+    def learned(name: str, errors: list[float]) -> list[StageReport]:
+        left = iter(errors)
+        monkeypatch.setattr(
+            learning_run, "LearnedDepth", lambda plan, *_: LearnedDepth(plan, 1.0, lambda _: next(left))
+        )
+        report = _learn(tmp_path / name)
+        return [stage for stage in report.stages if stage.name.startswith("learn ")]
 
-    def measure(plan: QuantPlan) -> float:
-        measured.append(plan)
-        return errors[len(measured) - 1]
-
-    monkeypatch.setattr(learning_run, "LearnedDepth", lambda plan, *_: LearnedDepth(plan, 1.0, measure))
-    report = _learn(tmp_path / "cut")
-    stages = [stage for stage in report.stages if stage.name.startswith("learn ")]
+    assert [stage.kept for stage in learned("found", [0.5, 0.4])] == [True, True]
+    stages = learned("cut", errors)
     assert [stage.kept for stage in stages] == [index < depth for index in range(2)]
     assert all(LEFT in stage.detail for stage in stages[depth:])
     found, cut = (QuantPlan.load(tmp_path / name / "plan.safetensors") for name in ("found", "cut"))
@@ -126,6 +127,26 @@ def test_blocks_behind_the_best_depth_are_as_they_were(
         assert isinstance(other, TensorQuantizer)
         same = np.array_equal(one.scale, other.scale)
         assert same == (index < 2 * depth)
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize(("error", "kept"), [(0.3, True), (0.4, False), (float("nan"), False)])
+def test_the_whole_network_is_kept_where_its_outputs_are_better(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, error: float, kept: bool
+) -> None:
+    def learn_network(model: ir.Model, plan: QuantPlan, *more: Any, **options: Any) -> tuple[QuantPlan, LearnedBlock]:
+        return plan.with_note("the whole network"), LearnedBlock("the whole network", ("first",), kept=True)
+
+    # Unlearned, behind each of two blocks, behind the network, and of what was chosen.
+    errors = iter([1.0, 0.5, 0.4, error, 0.3])
+    monkeypatch.setattr(Trial, "measure", lambda *a: Outcome(next(errors), 1.0))
+    monkeypatch.setattr(learning_run, "network_recipe", lambda *a: Recipe(4))
+    monkeypatch.setattr(network_learner, "learn_network", learn_network)
+    report = _learn(tmp_path / "out")
+    network = next(stage for stage in report.stages if stage.name == "learn the whole network")
+    assert network.kept == kept
+    assert (learning_run.NO_GAIN in network.detail) == (not kept)
+    assert ("the whole network" in QuantPlan.load(tmp_path / "out" / "plan.safetensors").notes) == kept
 
 
 def test_errors_are_weighed_only_where_blocks_are_learned() -> None:

@@ -1,9 +1,9 @@
 """Learns a network block after block: :class:`Learner`.
 
 Blocks are visited from the inputs to the outputs. Each sees the inputs that the already learned part of the network
-gives, and aims at its float output. What a block may learn is what no node in front of it reads: its weights and
-biases, and the steps of the activations that it is the first to read. A block that gets worse is learned again with
-the codes that it had.
+gives (those of the float network where it sees few rows for its weights), and aims at its float output. What a block
+may learn is what no node in front of it reads: its weights and biases, and the steps of the activations that it is the
+first to read. A block that gets worse is learned again with the codes that it had.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from postquant.passes.blocks import Block
 from postquant.passes.free_memory import hold_memory
 from postquant.passes.plan import QuantPlan
 from postquant.runtime_ops.law_adaptive import Feature
+from postquant.runtime_ops.quantizer import TensorQuantizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +178,7 @@ class Learner:
             reason = f"nothing in it has fewer than {FIXED_BITS} bits"
             return given, LearnedBlock(block.name, block.layers, kept=False, reason=reason)
         with self._cache.load(block, plan) as samples:
-            recipe = self._recipe_of(block, unlearned.bits, len(samples))
+            recipe = self._recipe_of(block, plan, unlearned.bits, len(samples))
             if recipe.exact:
                 samples = dataclasses.replace(samples, quantized=samples.exact)
             try:
@@ -191,15 +192,15 @@ class Learner:
         learned = learned_block(block.name, block.layers, outcome)
         return quantizers.to_plan(plan) if outcome.kept else given, learned
 
-    def _recipe_of(self, block: Block, bits: int, samples: int) -> Recipe:
+    def _recipe_of(self, block: Block, plan: QuantPlan, bits: int, samples: int) -> Recipe:
         """How a block is learned whose narrowest learned activation has so many bits."""
         shown = {name: self._positions.get(name, 1) for name in block.layers}
-        layers = (Layer.of(self._nodes[name]) for name in block.layers)
+        layers = [layer for name in block.layers if (layer := Layer.of(self._nodes[name])) is not None]
+        weights = (plan.weights[layer.weight] for layer in layers)
+        weight_bits = min((entry.spec.bits for entry in weights if isinstance(entry, TensorQuantizer)), default=8)
         learned = samples - len(judging_samples(samples, self._recipe.validation))
-        rows = min(
-            (shown[layer.name] * learned / layer.depth for layer in layers if layer is not None), default=math.inf
-        )
-        return block_recipe(self._recipe, min(shown.values(), default=1), bits, rows)
+        rows = min((shown[layer.name] * learned / layer.depth for layer in layers), default=math.inf)
+        return block_recipe(self._recipe, min(shown.values(), default=1), bits, weight_bits, rows)
 
     def _decided(self, plan: QuantPlan, block: Block) -> frozenset[str]:
         """Keys of quantizers that nodes in front of the block's end, and not in it, read through."""

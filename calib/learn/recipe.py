@@ -134,7 +134,7 @@ _LEAST_BATCH = 8
 _LEAST_BLOCK_BATCH = 4
 # Fewer steps of the whole network than this change nothing.
 _LEAST_STEPS = 50
-# QDrop, and the bits of activations below which all values are quantized.
+# QDrop, and the bits below which no values are float while a block learns.
 _KEEP = 0.5
 _KEEP_BITS = 4
 # Rows of learning samples per weight of an output below which a block fits the errors of its inputs by heart.
@@ -155,24 +155,25 @@ def recipe_for(effort: Effort, work: ForwardWork) -> Recipe:
     return Recipe(min(_ITERATIONS[effort], affordable), batch=batch, keep=_KEEP)
 
 
-def block_recipe(recipe: Recipe, positions: int, bits: int, rows: float) -> Recipe:
+def block_recipe(recipe: Recipe, positions: int, bits: int, weight_bits: int, rows: float) -> Recipe:
     """How one of the blocks is learned: batches that show every layer enough, masks from 4 bits on, and which inputs.
 
     A block that always sees the same rounding errors of the same samples learns to undo these, which helps no other
     sample; fewer bits round so coarsely that half of the values in float are another network. With few rows for its
-    weights, it learns the errors of its inputs by heart even so, and gets these as the float network has them.
+    weights, it learns the errors of its inputs by heart even so, and gets these as the float network has them; but what
+    weights of fewer bits make of them must be repaired, whatever is learned with it.
 
     Args:
         recipe: How blocks are learned (:func:`recipe_for`).
         positions: Output positions per sample of the block's layer that has the fewest, at least 1.
         bits: Of the narrowest activation whose step the block learns; 8 where it learns none.
+        weight_bits: Of the narrowest weight.
         rows: Output positions of all samples that are learned from, per weight of an output, of the layer that has the
             fewest.
     """
     keep = recipe.keep if bits >= _KEEP_BITS else 1.0
-    return dataclasses.replace(
-        recipe, batch=max(recipe.batch, least_batch(positions)), keep=keep, exact=recipe.exact or rows < _ROWS
-    )
+    exact = recipe.exact or (rows < _ROWS and min(bits, weight_bits) >= _KEEP_BITS)
+    return dataclasses.replace(recipe, batch=max(recipe.batch, least_batch(positions)), keep=keep, exact=exact)
 
 
 def least_batch(positions: int) -> int:

@@ -141,18 +141,18 @@ def test_learning_lowers_the_error_of_the_emitted_model(case: Case, tmp_path: pa
 def test_a_block_s_recipe_follows_from_its_own_layers(
     case: Case, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, positions: dict[str, int], least: int
 ) -> None:
-    asked: list[tuple[int, int, float]] = []
+    asked: list[tuple[int, int, int, float]] = []
 
-    def short(recipe: Recipe, positions: int, bits: int, rows: float) -> Recipe:
-        asked.append((positions, bits, rows))
+    def short(recipe: Recipe, positions: int, bits: int, weight_bits: int, rows: float) -> Recipe:
+        asked.append((positions, bits, weight_bits, rows))
         return dataclasses.replace(recipe, iterations=4)
 
     monkeypatch.setattr(learner, "block_recipe", short)
     _, found = case.learn(tmp_path, positions={**positions, "stem": 7, "head": 7})
     # An eighth of the samples judges; an output has 6 x 3 x 3 weights.
     learned = len(case.source) - round(len(case.source) / 8)
-    ((shown, bits, rows),) = asked
-    assert (shown, bits) == (least, 3)
+    ((shown, bits, weight_bits, rows),) = asked
+    assert (shown, bits, weight_bits) == (least, 3, 3)
     assert rows == pytest.approx(least * learned / 54)
     assert next(block for block in found if block.layers == ("conv1", "conv2")).iterations in (4, 6)
 

@@ -24,21 +24,26 @@ def test_all_steps_together_cost_about_the_same_whatever_the_network() -> None:
 def test_a_batch_shows_every_layer_of_a_block_enough_positions(positions: int, batch: int) -> None:
     large = recipe_for(Effort.FAST, ForwardWork(1e12, 180 * 180))
     assert large.batch == 1
-    assert block_recipe(large, positions, 8, 1e3).batch == batch
+    assert block_recipe(large, positions, 8, 8, 1e3).batch == batch
     small = recipe_for(Effort.FAST, RESNET_20)
-    assert block_recipe(small, positions, 8, 1e3).batch == small.batch == 32
+    assert block_recipe(small, positions, 8, 8, 1e3).batch == small.batch == 32
 
 
 @pytest.mark.parametrize(("bits", "keep"), [(2, 1.0), (3, 1.0), (4, 0.5), (8, 0.5)])
 def test_masks_are_for_activations_of_at_least_4_bits(bits: int, keep: float) -> None:
-    assert block_recipe(recipe_for(Effort.FAST, RESNET_20), 64, bits, 1e3).keep == keep
-    assert block_recipe(Recipe(100), 64, bits, 1e3).keep == 1.0
+    assert block_recipe(recipe_for(Effort.FAST, RESNET_20), 64, bits, 8, 1e3).keep == keep
+    assert block_recipe(Recipe(100), 64, bits, 8, 1e3).keep == 1.0
 
 
 @pytest.mark.parametrize(("rows", "exact"), [(0.2, True), (31.9, True), (32.0, False), (math.inf, False)])
 def test_blocks_that_see_few_rows_get_exact_inputs(rows: float, exact: bool) -> None:
-    assert block_recipe(Recipe(100), 49, 4, rows).exact == exact
-    assert block_recipe(Recipe(100, exact=True), 49, 4, rows).exact
+    assert block_recipe(Recipe(100), 49, 4, 4, rows).exact == exact
+    assert block_recipe(Recipe(100, exact=True), 49, 4, 4, rows).exact
+
+
+@pytest.mark.parametrize(("bits", "weight_bits"), [(3, 8), (4, 3), (8, 2)])
+def test_what_less_than_4_bits_make_of_inputs_is_not_hidden(bits: int, weight_bits: int) -> None:
+    assert not block_recipe(Recipe(100), 49, bits, weight_bits, 0.2).exact
 
 
 def test_what_a_network_can_afford_does_not_depend_on_positions() -> None:

@@ -36,10 +36,11 @@ def _quantizer(bits: int, low: float, high: float) -> TensorQuantizer:
     return TensorQuantizer.from_range(QuantSpec(bits, signed=False, symmetric=False), low, high)
 
 
+NARROW = _quantizer(4, -1.0, 2.0)
 PLAN = QuantPlan(
     "onnxruntime",
     activations={"a": _quantizer(8, -6.0, 9.0), "c": _quantizer(8, -1.0, 1.0), "y": _quantizer(8, -5.0, 5.0)},
-    requants={"conv:0": _quantizer(4, -1.0, 2.0)},
+    requants={"conv:0": NARROW},
 )
 
 
@@ -50,7 +51,7 @@ def model() -> ir.Model:
 
 def test_the_narrowest_range_counts(model: ir.Model) -> None:
     found = visible_part(model, PLAN, "a")
-    low, high = PLAN.requants["conv:0"].range()  # type: ignore[union-attr]
+    low, high = NARROW.range()
     assert (found.low, found.high) == (float(low), float(high))
     lopsided = dataclasses.replace(PLAN, requants={"conv:0": _quantizer(4, -1.0, 40.0)})
     found = visible_part(model, lopsided, "a")

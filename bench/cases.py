@@ -35,7 +35,9 @@ class Setting:
     samples: int | None = None
 
 
-_EFFORTS: tuple[tuple[str, tuple[tuple[str, str | bool], ...]], ...] = (("", ()), ("-fast", (("effort", "fast"),)))
+_Options = tuple[tuple[str, str | bool], ...]
+_EFFORTS: tuple[tuple[str, _Options], ...] = (("", ()), ("-fast", (("effort", "fast"),)))
+_ACTIVATIONS: tuple[tuple[str, _Options], ...] = (("", ()), ("-lut", (("activations", "lut"),)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +76,13 @@ class Case:
 
     @property
     def learned_settings(self) -> tuple[Setting, ...]:
-        """``w4a4-learn`` takes the default effort, ``w4a4-learn-fast`` the least."""
+        """``w4a4-learn`` takes the default effort, ``-fast`` the least; ``-lut`` gives activations code books."""
         return tuple(
-            Setting(f"w{w}a{a}-learn{suffix}", w, a, (("learn", True), *options), self.learned_samples)
+            Setting(f"w{w}a{a}-learn{suffix}{books}", w, a, (("learn", True), *options, *chosen), self.learned_samples)
             for w, a in self.learned
             for suffix, options in _EFFORTS
+            for books, chosen in _ACTIVATIONS
+            if a <= 4 or not chosen
         )
 
 

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from postquant.passes import semantics
 from postquant.passes.plan import QuantPlan
+from postquant.runtime_ops.code_book import CodeBook
 from postquant.runtime_ops.quantizer import TensorQuantizer, scale_and_zero_point
 
 _LINEAR = frozenset({"Conv", "Gemm", "MatMul"})
@@ -83,6 +84,8 @@ def _why_not(node: ir.Node, value: ir.Value, quantizer: TensorQuantizer, plan: Q
         return "its input has signed codes or power-of-two scales"
     if quantizer.adaptive is not None:
         return "its input has an adaptive step"
+    if quantizer.table is not None:
+        return "its input has a code book"
     if own:
         return None
     stored = plan.shared.get(value.name or "", value.name or "")
@@ -135,7 +138,7 @@ def wide(readers: list[TensorQuantizer]) -> TensorQuantizer:
     >>> round(float(q.scale), 6), int(q.zero_point)
     (0.1, 51)
     """
-    spec = dataclasses.replace(readers[0].spec, bits=_STORED_BITS)
+    spec = dataclasses.replace(readers[0].spec, bits=_STORED_BITS, code_book=CodeBook.UNIFORM)
     ranges = [(*reader.range(), 1.0 if reader.adaptive is None else reader.adaptive.beta_max) for reader in readers]
     low = min(float(low) * most for low, _, most in ranges)
     high = max(float(high) * most for _, high, most in ranges)

@@ -5,7 +5,8 @@ Names (a number is appended where the model has such a name already):
 | what                                   | nodes and values                                                        |
 |----------------------------------------|-------------------------------------------------------------------------|
 | activation ``x``                       | ``x_quantized``, ``x_saturated`` (only with a Clip), ``x_dequantized``  |
-| requantization of input i of node ``n``| the same with ``n_input<i>`` for ``x``                                  |
+| requantization of input i of node ``n``| the same with ``n_input<i>`` for ``x``; ``..._index`` and ``..._levels`` |
+|                                        | of a code book (:mod:`postquant.passes.lookup_nodes`)                   |
 | weight or bias ``w``                   | ``w_quantized`` (codes), ``w_dequantized``                              |
 | their constants                        | ``..._scale``, ``..._zero_point``, ``..._low``, ``..._high``            |
 | graph output ``x`` read dequantized    | ``x`` is the dequantized value; the original one becomes ``x_float``    |
@@ -29,6 +30,7 @@ from postquant.passes.adaptive_nodes import adaptive_quantize_dequantize, add_ad
 from postquant.passes.barriers import add_barriers
 from postquant.passes.biases import bias_scale, bias_values, integer_bias, weight_scale
 from postquant.passes.border_nodes import add_border_function, border_quantize_dequantize
+from postquant.passes.lookup_nodes import lookup_dequantize
 from postquant.passes.lut_nodes import FEW_BITS, pack_weights
 from postquant.passes.plan import QuantPlan
 from postquant.passes.qdq import Builder
@@ -222,8 +224,11 @@ class _Emission:
                 node.replace_input_with(int(index), result)
                 continue
             # Nodes that requantize a tensor alike share the result.
-            same = (source, (entry.spec, float(entry.scale), int(entry.zero_point)))
-            if same not in made:
+            levels = None if entry.table is None else entry.table.tobytes()
+            same = (source, (entry.spec, float(entry.scale), int(entry.zero_point), levels))
+            if same not in made and levels is not None:
+                made[same] = lookup_dequantize(self.graph, self.build, source, entry, f"{node_name}_input{index}")
+            elif same not in made:
                 made[same] = self.build.quantize_dequantize(
                     source,
                     entry,
@@ -234,6 +239,10 @@ class _Emission:
                     packed=self.packed,
                 )
             node.replace_input_with(int(index), made[same])
+        for source in dict.fromkeys(source for source, _ in made):
+            # A lookup reads the codes themselves.
+            if not source.uses() and not source.is_graph_output() and source.producer() is not None:
+                self.graph.remove(_producer(source), safe=True)
 
     # -- weights and biases --------------------------------------------------------------------------------------
 

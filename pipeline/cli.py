@@ -70,6 +70,7 @@ def quantize(
     abits: Annotated[str | None, option("abits")] = None,
     budget: Annotated[str | None, option("budget")] = None,
     weights: Annotated[str | None, option("weights")] = None,
+    activations: Annotated[str | None, option("activations")] = None,
     method: Annotated[str | None, option("method")] = None,
     config: Annotated[
         str | None, typer.Option("--config", metavar="FILE", help="quant.toml; options win over it.")

@@ -63,6 +63,13 @@ class Weights(enum.Enum):
     LUT = "lut"
 
 
+class Activations(enum.Enum):
+    """Which values activations of 4 and fewer bits may have."""
+
+    INT = "int"
+    LUT = "lut"
+
+
 class Border(enum.Enum):
     """Whether activations of 4 and fewer bits have rounding borders."""
 
@@ -177,6 +184,7 @@ class QuantConfig:
     )
     budget: str | None = formatted("choose the bits of every layer within it", EXAMPLES, Budget.read, none="none")
     weights: Weights = choice(Weights, "values of weights of 2 and 4 bits", default=Weights.AUTO)
+    activations: Activations = choice(Activations, "values of activations of 4 and fewer bits", default=Activations.INT)
     method: Method = choice(Method, "how scales are chosen", default=Method.EASYQUANT)
     target: str = text("a built-in target or the path of a target file", default="onnxruntime")
     seed: int = integer("seed of every random choice", default=0, low=0, high=2**32 - 1)
@@ -274,6 +282,7 @@ class QuantConfig:
                 hint="[[override]] gives single layers a width",
             )
         self._check_encodings()
+        self._check_activations()
         self._check_learned()
         if self.weights in (Weights.POST, Weights.LUT) and self.method is not Method.EASYQUANT:
             raise ConfigError(
@@ -287,12 +296,25 @@ class QuantConfig:
         """Refuses what would change the tensors that a vendor's numbers are about."""
         changes = [name for name in ("align_input", "equalize", "cross_layer", "smooth") if getattr(self, name)]
         changes += ["adaptive_step"] if self.adaptive_step else []
+        changes += ["activations"] if self.activations is not Activations.INT else []
         changes += ["border"] if self.border not in (Border.AUTO, Border.OFF) else []
         if self.encodings is not None and changes:
             raise ConfigError(
                 "settings that change tensors do not go with a vendor's numbers for them",
                 where=f"encodings, {', '.join(changes)}",
                 hint=f"leave out encodings or {', '.join(changes)}",
+            )
+
+    def _check_activations(self) -> None:
+        """Refuses what an activation with a code book cannot have."""
+        others = ["adaptive_step"] if self.adaptive_step else []
+        others += ["border"] if self.border not in (Border.AUTO, Border.OFF) else []
+        if self.activations is Activations.LUT and others:
+            raise ConfigError(
+                "an activation has a code book, a rounding border or an adaptive step",
+                where=f"activations, {', '.join(others)}",
+                expected="one of them",
+                hint=f'leave out activations = "lut" or {", ".join(others)}',
             )
 
     def _check_learned(self) -> None:

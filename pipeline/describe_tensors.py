@@ -110,6 +110,8 @@ def _activations(
 def _values(quantizer: TensorQuantizer) -> str:
     if quantizer.adaptive is not None:
         return "adaptive"
+    if quantizer.table is not None:
+        return quantizer.spec.code_book.value
     return "int" if quantizer.border is None else "border"
 
 
@@ -147,7 +149,10 @@ def _observe(
 def _activation_grid(quantizer: TensorQuantizer) -> GridStatistics:
     spec, scale, zero = quantizer.spec, float(quantizer.scale), int(quantizer.zero_point)
     codes = np.arange(spec.qmin, spec.qmax + 1) - zero
-    grid = GridStatistics(low=float(codes[0] * scale), high=float(codes[-1] * scale), step=scale)
+    if quantizer.table is not None:
+        codes = np.unique(quantizer.table).astype(np.int64) - zero
+    gap = int(np.diff(codes).min()) if len(codes) > 1 else 1
+    grid = GridStatistics(low=float(codes[0] * scale), high=float(codes[-1] * scale), step=gap * scale)
     if len(codes) > _DRAWN_LEVELS:
         return grid
     border = quantizer.border
@@ -157,8 +162,8 @@ def _activation_grid(quantizer: TensorQuantizer) -> GridStatistics:
         moved = _neighbours(border)[:, None]
         low, high = (np.clip(part, 0.0, 1.0) for part in ((own - moved).min(0), (own + moved).max(0)))
     thresholds = [
-        (float((code + first) * scale), float((code + last) * scale))
-        for code, first, last in zip(codes[:-1], low, high, strict=False)
+        (float((code + first * gap) * scale), float((code + last * gap) * scale))
+        for code, first, last, gap in zip(codes[:-1], low, high, np.diff(codes), strict=False)
     ]
     return dataclasses.replace(
         grid,

@@ -18,6 +18,7 @@ from postquant.passes.adaptive_nodes import ADAPTIVE, adaptive_differences, is_a
 from postquant.passes.barriers import is_barrier
 from postquant.passes.border_nodes import BORDER, is_border
 from postquant.passes.free_memory import release_tensor
+from postquant.passes.lookup_nodes import is_lookup, is_lookup_index, lookup_table
 from postquant.passes.plan import QuantPlan
 from postquant.passes.weight_codes import weight_codes
 from postquant.pipeline.qdq_structure import Reading, array_of, reading
@@ -97,7 +98,7 @@ def differences(float_model: ir.Model, emitted: ir.Model, plan: QuantPlan) -> It
             if value is not None and index < len(other.inputs):
                 yield from _input(plan, node, index, value, other.inputs[index])
     for name, node in written.items():
-        if is_barrier(node):
+        if is_barrier(node) or is_lookup(node) or is_lookup_index(node):
             continue
         yield Difference(f"node {name}", f"{node.op_type} is in neither the model nor the plan")
 
@@ -158,6 +159,7 @@ def _activation(where: str, quantizer: TensorQuantizer, found: Reading) -> Itera
     yield from _same_numbers(f"{where}, QuantizeLinear", found.numbers, found.quantized_numbers)
     yield from _border(where, quantizer, found.quantize)
     yield from _adaptive(where, quantizer, found.quantize)
+    yield from _code_book(where, quantizer, found)
     if found.saturation is not None:
         low, high = found.saturation
         if low < quantizer.spec.qmin or high > quantizer.spec.qmax or low > high:
@@ -183,6 +185,19 @@ def _border(where: str, quantizer: TensorQuantizer, node: ir.Node | None) -> Ite
     for index, (name, array) in enumerate(quantizer.border.arrays().items(), start=3):
         if not np.array_equal(array_of(node.inputs[index], node), array):
             yield Difference(where, f"the border's {name} differs from the plan's")
+
+
+def _code_book(where: str, quantizer: TensorQuantizer, found: Reading) -> Iterator[Difference]:
+    """The levels of a quantizer, and of the table that its codes come from."""
+    if (quantizer.table is not None) != (found.looked_up is not None):
+        expected = "uniform codes" if quantizer.table is None else "levels of a table"
+        yield Difference(where, f"expected {expected} by the plan, found {found.quantize and found.quantize.op_type}")
+        return
+    if quantizer.table is None or found.looked_up is None or found.quantize is None:
+        return
+    levels = lookup_table(quantizer, found.looked_up.numbers)
+    if not np.array_equal(levels, array_of(found.quantize.inputs[0], found.quantize)):
+        yield Difference(where, "the table of its levels differs from the plan's")
 
 
 def _adaptive(where: str, quantizer: TensorQuantizer, node: ir.Node | None) -> Iterator[Difference]:

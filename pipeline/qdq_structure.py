@@ -16,6 +16,7 @@ import onnx_ir as ir
 from postquant.passes.adaptive_nodes import is_adaptive
 from postquant.passes.barriers import before_barrier
 from postquant.passes.border_nodes import is_border
+from postquant.passes.lookup_nodes import is_lookup, looked_up_codes
 from postquant.runtime_ops.errors import VerificationError
 from postquant.runtime_ops.integer import Affine
 
@@ -28,9 +29,10 @@ class Reading:
         codes: The codes that DequantizeLinear reads.
         numbers: Its scale and zero point.
         dequantize: The DequantizeLinear.
-        quantize: The QuantizeLinear, BorderQuantize or AdaptiveQuantize that makes the codes; None for constants and
-            for codes from elsewhere.
+        quantize: The QuantizeLinear, BorderQuantize or AdaptiveQuantize that makes the codes, or the Gather that looks
+            them up; None for constants and for codes from elsewhere.
         saturation: Bounds of the integer Clip between the two, None without one.
+        looked_up: What stands behind the codes that a Gather reads; None without one.
     """
 
     codes: ir.Value
@@ -38,6 +40,7 @@ class Reading:
     dequantize: ir.Node
     quantize: ir.Node | None
     saturation: tuple[int, int] | None
+    looked_up: Reading | None = None
 
     @property
     def constant(self) -> ir.TensorProtocol | None:
@@ -46,12 +49,16 @@ class Reading:
 
     @property
     def quantized_numbers(self) -> Affine | None:
-        """Scale and zero point of the QuantizeLinear."""
+        """Scale and zero point of the QuantizeLinear; a table has those of its reader."""
+        if self.looked_up is not None:
+            return self.numbers
         return None if self.quantize is None else _numbers(self.quantize, self.codes)
 
     @property
     def source(self) -> ir.Value | None:
         """The float value that is quantized."""
+        if self.looked_up is not None:
+            return self.looked_up.source
         return None if self.quantize is None else self.quantize.inputs[0]
 
 
@@ -69,7 +76,11 @@ def reading(value: ir.Value | None) -> Reading | None:
     assert codes is not None
     maker = codes.producer()
     # An adaptive step is computed: its numbers are those of the factor 1.
-    numbers = _numbers(maker if maker is not None and is_adaptive(maker) else node, codes)
+    return _behind(codes, _numbers(maker if maker is not None and is_adaptive(maker) else node, codes), node)
+
+
+def _behind(codes: ir.Value, numbers: Affine, dequantize: ir.Node) -> Reading:
+    """What stands behind codes with these numbers."""
     saturation: tuple[int, int] | None = None
     producer = codes.producer()
     while producer is not None and producer.op_type == "Clip" and not producer.domain:
@@ -78,12 +89,22 @@ def reading(value: ir.Value | None) -> Reading | None:
         saturation = (low, high) if saturation is None else (max(low, saturation[0]), min(high, saturation[1]))
         inner = producer.inputs[0]
         producer = None if inner is None else inner.producer()
+    if producer is not None and is_lookup(producer):
+        stored = looked_up_codes(producer)
+        maker = stored.producer()
+        while maker is not None and maker.op_type == "Clip":
+            inner = maker.inputs[0]
+            maker = None if inner is None else inner.producer()
+        assert maker is not None
+        return Reading(
+            codes, numbers, dequantize, producer, saturation, _behind(stored, _numbers(maker, stored), dequantize)
+        )
     # BorderQuantize and AdaptiveQuantize have their scale and zero point where QuantizeLinear has them.
     makes_codes = producer is not None and (
         producer.op_type == "QuantizeLinear" or is_border(producer) or is_adaptive(producer)
     )
     quantize = producer if makes_codes else None
-    return Reading(codes, numbers, node, quantize, saturation)
+    return Reading(codes, numbers, dequantize, quantize, saturation)
 
 
 def array_of(value: ir.Value | None, node: ir.Node) -> npt.NDArray[np.generic]:

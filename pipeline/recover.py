@@ -17,6 +17,7 @@ import onnx_ir as ir
 from postquant.passes.adaptive_nodes import is_adaptive
 from postquant.passes.barriers import is_barrier
 from postquant.passes.border_nodes import is_border
+from postquant.passes.lookup_nodes import is_lookup, is_lookup_index
 from postquant.passes.lut_expansion import with_qdq
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline.qdq_structure import Reading, reading
@@ -78,6 +79,9 @@ class _Recovery:
         self._replace(seen.dequantize.outputs[0], value)
 
     def _activation(self, seen: Reading, source: ir.Value) -> None:
+        if seen.looked_up is not None:  # the stored tensor may have no DequantizeLinear of its own
+            self._activation(seen.looked_up, source)
+            return
         assert seen.quantize is not None
         result = seen.dequantize.outputs[0]
         codes_name = seen.quantize.outputs[0].name
@@ -93,7 +97,8 @@ class _Recovery:
         if known is None and source.name is not None and source.name.startswith(f"{name}_float"):
             source.name = name
             known = source
-        self._replace(result, known if known is not None else self._clipped(seen, source, name))
+        self.values[name] = known if known is not None else self._clipped(seen, source, name)
+        self._replace(result, self.values[name])
 
     def _clipped(self, seen: Reading, source: ir.Value, name: str) -> ir.Value:
         """The value that a dropped Relu or Clip computed, as far as the codes can tell."""
@@ -134,7 +139,8 @@ class _Recovery:
         quantizers = ("DequantizeLinear", "Clip", "QuantizeLinear")
         for node in reversed(tuple(self.graph)):
             value = node.outputs[0]
-            removable = node.op_type in quantizers or is_barrier(node) or is_border(node) or is_adaptive(node)
+            ours = any(is_ours(node) for is_ours in (is_barrier, is_border, is_adaptive, is_lookup, is_lookup_index))
+            removable = node.op_type in quantizers or ours
             if removable and not value.uses() and not value.is_graph_output():
                 self.graph.remove(node, safe=True)
         for name, value in tuple(self.graph.initializers.items()):

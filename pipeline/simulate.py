@@ -101,7 +101,8 @@ class Simulation:
         if tensor.stored_codes is not None:
             assert tensor.stored_quantizer is not None
             real = Affine.of(tensor.stored_quantizer).real(arrays[tensor.stored_codes])
-            plain = tensor.quantizer.border is None and tensor.quantizer.adaptive is None
+            ours = (tensor.quantizer.border, tensor.quantizer.adaptive, tensor.quantizer.table)
+            plain = all(part is None for part in ours)
             return quantized(real, out) if plain else self._ours(tensor, real)
         if tensor.node is None:
             return quantized(np.asarray(feeds[tensor.source]), out)
@@ -122,7 +123,7 @@ class Simulation:
         return law.clipped(tensor.quantizer.spec.qmin, tensor.quantizer.spec.qmax)
 
     def _ours(self, tensor: Stored, real: npt.NDArray[np.float32]) -> Prediction:
-        """Codes of BorderQuantize and AdaptiveQuantize, whose implementations agree to the bit: there is no slack."""
+        """Codes of BorderQuantize, AdaptiveQuantize and code books, which agree to the bit: there is no slack."""
         codes = tensor.quantizer.quantize(real).astype(np.int32)
         return Prediction(codes, codes.astype(np.float32), 0.0)
 

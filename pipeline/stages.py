@@ -1,7 +1,7 @@
 """The way of the data, once, from top to bottom: :func:`run_pipeline`.
 
-    simplify -> align inputs -> smooth -> bits -> place -> equalize -> ranges -> scale search -> biases -> learn
-    -> borders -> emit -> verify
+    simplify -> align inputs -> smooth -> bits -> place -> equalize -> ranges -> scale search -> biases
+    -> code books of activations -> learn -> borders -> emit -> verify
 
 A graph change is a pass on the model, a decision a function from plan to plan; the plan reaches the graph at *emit* and
 nowhere earlier. Techniques that may help or harm are kept only where the output error, measured on calibration samples
@@ -14,7 +14,7 @@ import dataclasses
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 import threadpoolctl
@@ -44,6 +44,7 @@ from postquant.passes.emit import emit
 from postquant.passes.equalize import EqualizePass
 from postquant.passes.free_memory import give_back_memory, release_weights
 from postquant.passes.plan import QuantPlan
+from postquant.pipeline.activation_books import decide_activations
 from postquant.pipeline.alignment import align_and_smooth
 from postquant.pipeline.allocation import Chosen, choose_bits, decide_bits, study
 from postquant.pipeline.borders import decide_borders
@@ -105,6 +106,7 @@ def run_pipeline(job: Job) -> Outcome:
         plan = _decide_ranges(job, model, plan, log, threads, fixed=fixed)
         measure_before_search(job, model, plan, log)
         plan = _search_scales(job, reference, model, plan, log, folder, threads, fixed=fixed)
+        plan = decide_activations(job, reference, model, plan, log, threads=threads)
         measure_before_learning(job, model, plan, log)
         plan = learn(job, reference, model, plan, log, folder, threads=threads)
         measure_before_borders(job, model, plan, log)
@@ -333,7 +335,7 @@ def _verify(
         floats=float_reports(model, plan),
         stages=tuple(log.stages),
         checks=verification.checks,
-        notes=(*job.report.notes, *_unique(log.notes), *verification.notes),
+        notes=(*job.report.notes, *dict.fromkeys(log.notes), *verification.notes),
     )
     give_back_memory()
     statistics = describe(job, model, plan, log.tensor_effects)
@@ -393,7 +395,3 @@ def _decided(plan: QuantPlan) -> frozenset[str]:
     """Activations and weights that have their numbers already."""
     tables = (plan.activations, plan.weights)
     return frozenset(name for table in tables for name, e in table.items() if isinstance(e, TensorQuantizer))
-
-
-def _unique(notes: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(notes))

@@ -98,7 +98,7 @@ class _Search:
         source = seen.source
         if seen.codes.name in found or source is None:
             return
-        inner = reading(source)
+        inner = reading(source) if seen.looked_up is None else seen.looked_up
         if inner is not None:  # codes -> DequantizeLinear -> QuantizeLinear: the tensor is stored twice
             first, clips = self._stored_first(value, quantizer)
             stored = self._plan.activation_quantizer(first.name or "")

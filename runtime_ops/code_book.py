@@ -1,4 +1,4 @@
-"""Weights as codes of a table of int8 levels: the POST lattice, a learned table, or any other.
+"""Weights as codes of a table of int8 levels: the POST lattice, a learned table, or any other. Activations likewise.
 
     w = level * scale          level = table[code]          0 <= code < 2^b, b = 2 or 4
 
@@ -10,6 +10,11 @@ two that are equally near the upper one:
 
 The POST lattice stands for powers of sqrt(2): 17 / 12 and 24 / 17 differ from it by 0.17 %. It *is* the definition, so
 nothing is approximated behind it.
+
+An activation's levels are uint8 numbers, codes of the 8 bits that it is stored in (:func:`nearest_codes`):
+
+    code = clip(round(x / scale) + zero_point, 0, 255)          level = the nearest one of the table, the upper of two
+
 """
 
 from __future__ import annotations
@@ -23,11 +28,13 @@ Table = npt.NDArray[np.int8]
 
 # Widths of codes that the operators of ai.postquant unpack.
 CODE_BITS = (2, 4)
+# Activations of more bits have no code books.
+MOST_LEVEL_BITS = 4
 _LATTICE = (12, 17, 24, 34, 48, 68, 96)
 
 
 class CodeBook(enum.Enum):
-    """Which values a weight may have, in units of its scale."""
+    """Which values a weight or an activation may have, in units of its scale."""
 
     UNIFORM = "int"
     POST = "post"
@@ -108,6 +115,23 @@ def nearest_of_steps(table: Table) -> npt.NDArray[np.int8]:
     levels = table.astype(np.int64)
     # Twice the middles are sums of neighbours.
     nearest: npt.NDArray[np.int8] = table[np.searchsorted(levels[:-1] + levels[1:], np.arange(-256, 256), side="right")]
+    return nearest
+
+
+def nearest_codes(table: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The nearest level of every 8-bit code, the upper one of two that are equally near.
+
+    Args:
+        table: (n,) uint8, sorted.
+
+    Returns:
+        (256,) uint8.
+
+    >>> nearest_codes(np.uint8([0, 10, 20, 255]))[[4, 5, 14, 138]].tolist()
+    [0, 10, 10, 255]
+    """
+    levels = table.astype(np.int64)
+    nearest: npt.NDArray[np.uint8] = table[np.searchsorted(levels[:-1] + levels[1:], 2 * np.arange(256), side="right")]
     return nearest
 
 

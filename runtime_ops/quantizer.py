@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from postquant.runtime_ops import law
 from postquant.runtime_ops.adaptive_module import AdaptiveModule
-from postquant.runtime_ops.code_book import CodeBook, nearest_levels, post_table
+from postquant.runtime_ops.code_book import CodeBook, nearest_codes, nearest_levels, post_table
 from postquant.runtime_ops.law_adaptive import adaptive_quantize
 from postquant.runtime_ops.law_border import border_quantize
 from postquant.runtime_ops.rounding_border import RoundingBorder
@@ -63,7 +63,8 @@ class TensorQuantizer:
         scale: () or (C,) float32, > 0, units of the tensor per step.
         zero_point: () or (C,) int32 within ``[spec.qmin, spec.qmax]``.
         codes: int8/uint8 codes of the weight when rounding is not nearest, else None; levels where there is a table.
-        table: (2**bits,) sorted int8 levels of a code book; None for uniform codes. That of POST is filled in.
+        table: (2**bits,) sorted levels of a code book, int8 of a weight or uint8 of an activation; None for uniform
+            codes. That of POST is filled in.
         border: Rounds an unsigned activation of at most 8 bits otherwise than to nearest; None for nearest.
         adaptive: Gives such an activation, with the zero point 0, a step per sample: ``scale`` times a factor.
     """
@@ -72,7 +73,7 @@ class TensorQuantizer:
     scale: npt.NDArray[np.float32]
     zero_point: npt.NDArray[np.int32]
     codes: npt.NDArray[np.integer] | None = None
-    table: npt.NDArray[np.int8] | None = None
+    table: npt.NDArray[Any] | None = None
     border: RoundingBorder | None = None
     adaptive: AdaptiveModule | None = None
 
@@ -85,8 +86,8 @@ class TensorQuantizer:
             raise ValueError("scales must be finite and positive")
         if (zero_point < self.spec.qmin).any() or (zero_point > self.spec.qmax).any():
             raise ValueError(f"zero point outside [{self.spec.qmin}, {self.spec.qmax}]")
-        if zero_point.any() and self.spec.has_table:
-            raise ValueError("codes of a table have the zero point 0")
+        if zero_point.any() and self.spec.has_table and self.spec.signed:
+            raise ValueError("signed codes of a table have the zero point 0")
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "zero_point", zero_point)
         object.__setattr__(self, "table", _table(self.spec, self.table))
@@ -117,6 +118,9 @@ class TensorQuantizer:
 
     def range(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """The smallest and the largest representable value."""
+        if self.table is not None and not self.spec.signed:
+            least, most = (np.asarray(self.dequantize(code)) for code in (self.table[:1], self.table[-1:]))
+            return least.reshape(()), most.reshape(())
         low = (self.spec.qmin - self.zero_point).astype(np.float32) * self.scale
         high = (self.spec.qmax - self.zero_point).astype(np.float32) * self.scale
         return low, high
@@ -124,7 +128,8 @@ class TensorQuantizer:
     def quantize(self, x: npt.NDArray[np.floating]) -> npt.NDArray[np.integer]:
         """Codes of ``x`` in the spec's container type (:func:`postquant.runtime_ops.law.quantize`).
 
-        With a table: its nearest levels (:func:`postquant.runtime_ops.code_book.nearest_levels`). With a border:
+        With a table: its nearest levels (:func:`postquant.runtime_ops.code_book.nearest_levels`, for activations
+        :func:`postquant.runtime_ops.code_book.nearest_codes` of codes of 8 bits). With a border:
         :func:`postquant.runtime_ops.law_border.border_quantize`, which wants a whole tensor. With an adaptive step:
         :func:`postquant.runtime_ops.law_adaptive.adaptive_quantize`, which wants whole samples.
         """
@@ -166,8 +171,10 @@ class TensorQuantizer:
         numbers = module.law(self.scale, self.zero_point, self.spec.qmin, self.spec.qmax)
         return adaptive_quantize(np.asarray(x, np.float32), numbers)
 
-    def _levels(self, x: npt.NDArray[np.floating]) -> npt.NDArray[np.int8]:
+    def _levels(self, x: npt.NDArray[np.floating]) -> npt.NDArray[np.integer]:
         assert self.table is not None
+        if not self.spec.signed:
+            return nearest_codes(self.table)[self._apply(law.quantize, x).astype(np.uint8)]
         scale = law.along_axis(self.scale, x.ndim, self.spec.axis)
         return nearest_levels(np.asarray(x, np.float32) / scale, self.table)
 
@@ -184,7 +191,7 @@ class TensorQuantizer:
         )
 
 
-def _table(spec: QuantSpec, table: npt.NDArray[np.int8] | None) -> npt.NDArray[np.int8] | None:
+def _table(spec: QuantSpec, table: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
     """The table that belongs to a spec.
 
     Raises:
@@ -198,8 +205,8 @@ def _table(spec: QuantSpec, table: npt.NDArray[np.int8] | None) -> npt.NDArray[n
         if table is not None and not np.array_equal(table, post_table(spec.bits)):
             raise ValueError("the POST lattice has a table of its own")
         return post_table(spec.bits)
-    if table is None or table.dtype != np.int8 or table.shape != (1 << spec.bits,):
-        raise ValueError(f"a learned code book of {spec.bits} bits needs {1 << spec.bits} int8 levels")
+    if table is None or table.dtype != np.dtype(spec.container) or table.shape != (1 << spec.bits,):
+        raise ValueError(f"a learned code book of {spec.bits} bits needs {1 << spec.bits} {spec.container} levels")
     if (np.diff(table.astype(np.int16)) < 0).any():
         raise ValueError("the levels of a table are sorted")
     return table

@@ -14,6 +14,7 @@ on request, in ONNX's INT4 / UINT4.
 
 A weight with a code book (:mod:`postquant.runtime_ops.code_book`) has ``2^b`` values, which are int8 levels in units of
 its scale. What is called its codes in Python are these levels: they are an int8 weight's codes, in ``[-128, 127]``.
+An activation with a code book has ``2^b`` of the codes of 8 bits, in ``[0, 255]``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from postquant.runtime_ops.code_book import CODE_BITS, CodeBook
+from postquant.runtime_ops.code_book import CODE_BITS, MOST_LEVEL_BITS, CodeBook
 
 
 class Rounding(enum.Enum):
@@ -43,7 +44,8 @@ class QuantSpec:
         narrow: Whether the most negative code is left out, so that the range is symmetric.
         power_of_two: Whether scales are restricted to powers of two.
         rounding: How ties are rounded.
-        code_book: Which values exist; other books than the uniform one are for signed symmetric weights of 2 or 4 bits.
+        code_book: Which values exist; other books than the uniform one are for signed symmetric weights of 2 or 4 bits,
+            the learned one also for unsigned activations of at most 4 bits.
 
     Raises:
         ValueError: If the combination does not exist.
@@ -65,8 +67,12 @@ class QuantSpec:
             raise ValueError("a narrow range exists only for signed symmetric codes")
         if self.axis is not None and not self.symmetric:
             raise ValueError("scales per channel are symmetric: onnxruntime fuses nothing else")
-        if self.has_table and (self.bits not in CODE_BITS or not (self.signed and self.symmetric)):
-            raise ValueError("a code book exists only for signed symmetric codes of 2 or 4 bits")
+        if self.has_table and self.signed and not (self.bits in CODE_BITS and self.symmetric):
+            raise ValueError("a code book of signed codes exists only for symmetric ones of 2 or 4 bits")
+        if self.has_table and not self.signed:
+            plain = self.axis is None and not self.symmetric and not self.power_of_two
+            if self.code_book is not CodeBook.LEARNED or self.bits > MOST_LEVEL_BITS or not plain:
+                raise ValueError("a code book of unsigned codes is learned, has at most 4 bits and one free scale")
 
     @property
     def has_table(self) -> bool:
@@ -76,17 +82,17 @@ class QuantSpec:
     @property
     def qmin(self) -> int:
         """Smallest code."""
-        if self.has_table:
-            return -128
         if not self.signed:
             return 0
+        if self.has_table:
+            return -128
         return -(1 << (self.bits - 1)) + (1 if self.narrow else 0)
 
     @property
     def qmax(self) -> int:
         """Largest code."""
         if self.has_table:
-            return 127
+            return 127 if self.signed else 255
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
     @property

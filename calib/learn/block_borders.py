@@ -110,7 +110,7 @@ def stored_for_readers(nodes: Sequence[ir.Node], plan: QuantPlan) -> dict[str, t
                 or not all(u.node.name in inside for u in value.uses())
             ):
                 continue
-            ours = all(reader.border is not None or reader.adaptive is not None for reader in readers)
+            ours = all(any(p is not None for p in (r.border, r.adaptive, r.table)) for r in readers)
             if ours and _same(entry, wide(readers)):
                 found[name] = keys
     return found

@@ -21,6 +21,7 @@ from postquant.calib.layers import Layer
 from postquant.calib.learn.adaptive import AdaptiveActivation
 from postquant.calib.learn.block_borders import stored_for_readers
 from postquant.calib.learn.borders import BorderedActivation, BorderLearning
+from postquant.calib.learn.levels import LevelsActivation
 from postquant.calib.learn.quantizers import (
     ActivationQuantizer,
     DropMasks,
@@ -39,7 +40,7 @@ from postquant.runtime_ops.quantizer import TensorQuantizer
 Tensor = torch.Tensor
 # Activation steps of fewer bits are learned.
 FIXED_BITS = 8
-Step = ActivationQuantizer | BorderedActivation | AdaptiveActivation
+Step = ActivationQuantizer | BorderedActivation | AdaptiveActivation | LevelsActivation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,8 @@ class BlockQuantizers:
     def _step(self, key: str, entry: TensorQuantizer, nodes: Sequence[ir.Node], recipe: Recipe) -> Step:
         if entry.adaptive is not None:
             return AdaptiveActivation(entry, self._device, learned=bool(recipe.adaptive))
+        if entry.table is not None:
+            return LevelsActivation(entry, self._device)
         if entry.border is None:
             return ActivationQuantizer(entry, self._device)
         layer = next(found for node in nodes if f"{node.name}:0" == key and (found := Layer.of(node)) is not None)
@@ -291,7 +294,7 @@ class BlockQuantizers:
         elif learned and key in self._stored_for:
             entry = wide([self.steps[reader].learned() for reader in self._stored_for[key]])
         assert isinstance(entry, TensorQuantizer)
-        if entry.border is not None or entry.adaptive is not None:
+        if any(part is not None for part in (entry.border, entry.adaptive, entry.table)):
             return torch.as_tensor(entry.simulate(x.detach().cpu().numpy()), device=x.device)
         if entry.spec.bits >= FIXED_BITS and not all_steps:
             return x

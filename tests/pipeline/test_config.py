@@ -42,6 +42,7 @@ def test_every_key_can_be_read_from_a_file(tmp_path: pathlib.Path) -> None:
         abits = 7
         weights = "int"
         depthwise_bits = 6
+        activations = "int"
         method = "percentile"
         seed = 3
         threads = 1

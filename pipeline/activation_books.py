@@ -1,0 +1,75 @@
+"""The stage that gives narrow activations code books: :func:`decide_activations`."""
+
+from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
+
+from postquant.calib.activation_levels import fit_levels
+from postquant.calib.collect import collect
+from postquant.calib.statistics import Bounds
+from postquant.calib.trial import Trial
+from postquant.passes import semantics
+from postquant.passes.level_plan import level_sites, with_levels
+from postquant.passes.plan import QuantPlan
+from postquant.passes.session import make_session
+from postquant.pipeline.config import Activations
+from postquant.pipeline.job import Job
+from postquant.pipeline.stage_log import StageLog
+
+# Values of one tensor and sample that enter its histogram.
+_ELEMENTS = 1 << 15
+
+
+def decide_activations(
+    job: Job, reference: ir.Model, model: ir.Model, plan: QuantPlan, log: StageLog, *, threads: int
+) -> QuantPlan:
+    """Gives all narrow activations code books, where that was asked for and the output error falls.
+
+    Args:
+        job: What to do.
+        reference: The float model whose outputs are the reference.
+        model: The float model that the plan is about.
+        plan: A decided plan.
+        log: Told what was tried.
+        threads: Samples that are run at the same time where the result is measured.
+
+    Returns:
+        The plan, changed or not.
+    """
+    if job.config.activations is not Activations.LUT:
+        return plan
+    saved = job.checkpoint.load("activations")
+    if saved is not None:
+        log.resume("activations", saved.data())
+        return saved.plan()
+    sites, refused = level_sites(model, plan)
+    log.note(*(f"{key} has no code book: {reason}" for key, reason in refused.items()))
+    if not sites:
+        log.note("no activation of at most 4 bits can have a code book")
+        return plan
+    job.progress.stage("code books of activations", len(job.source))
+    names = list(dict.fromkeys(site.value for site in sites))
+    session = make_session(model, outputs=names)
+    statistics = collect(
+        session.run,
+        job.source,
+        names,
+        max_elements_per_tensor=_ELEMENTS,
+        bounds={name: Bounds(*semantics.activation_bounds(model, name)) for name in names},
+        progress=lambda _done, _all: job.progress.advance(),
+    )
+    del session
+    books = plan
+    for site in sites:
+        books = with_levels(books, site, fit_levels(site.quantizer.spec, statistics[site.value].density()))
+    trial = Trial(reference, job.source, threads=threads)
+    before, after = trial.measure(model, plan), trial.measure(model, books)
+    kept = after.error < before.error
+    gain = 20 * math.log10(max(before.error, 1e-30) / max(after.error, 1e-30))
+    detail = f"{len(sites)} activations, {gain:.2f} dB better than equal gaps"
+    log.add("code books of activations", detail, kept=kept, sqnr_db=after.sqnr_db)
+    plan = books if kept else plan
+    job.checkpoint.save("activations", plan=plan, data=log.since_resume())
+    return plan

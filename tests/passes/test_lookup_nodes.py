@@ -1,0 +1,162 @@
+"""Activations with code books in plans and graphs: where they can be, what the emitted nodes compute, what stays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from postquant.calib.activation_levels import quantizer_with_levels
+from postquant.passes.biases import fit_biases
+from postquant.passes.emit import emit
+from postquant.passes.level_plan import level_sites, with_levels
+from postquant.passes.lookup_nodes import is_lookup, lookup_dequantize, lookup_table
+from postquant.passes.plan import QuantPlan
+from postquant.passes.qdq import Builder
+from postquant.passes.session import make_session
+from postquant.runtime_ops.errors import ModelError
+from postquant.runtime_ops.integer import Affine
+from postquant.runtime_ops.quantizer import TensorQuantizer
+from postquant.runtime_ops.spec import QuantSpec
+
+NETWORK = """<ir_version: 8, opset_import: ["" : 21]>
+g (float[N,3,8,8] x) => (float[N,2] y)
+{
+  [first] a = Conv <pads = [1, 1, 1, 1]> (x, w0)
+  [relu] r = Relu (a)
+  [pool] m = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (r)
+  [one] c = Conv (m, w1, b1)
+  [relu1] c1 = Relu (c)
+  [left] d = Conv <pads = [1, 1, 1, 1]> (c1, w2, b2)
+  [right] e = Conv (c1, w3)
+  [sum] s = Add (d, e)
+  [behind] f = Conv (s, w4)
+  [again] g = Add (f, s)
+  [mean] p = GlobalAveragePool (g)
+  [flat] v = Flatten (p)
+  [last] y = Gemm (v, w5)
+}"""
+
+
+@pytest.fixture(scope="module")
+def quantized(bench: Any) -> tuple[ir.Model, QuantPlan, list[dict[str, Any]]]:
+    """The network at W8A4, by min-max ranges, and samples."""
+    rng = np.random.default_rng(0)
+    shapes = {"w0": (6, 3, 3, 3), "w1": (5, 6, 1, 1), "b1": (5,), "w2": (4, 5, 3, 3), "b2": (4,), "w3": (4, 5, 1, 1)}
+    shapes |= {"w4": (4, 4, 1, 1), "w5": (4, 2)}
+    arrays = {name: (rng.standard_normal(shape) / 3).astype(np.float32) for name, shape in shapes.items()}
+    model = bench.model(NETWORK, **arrays)
+    feeds = bench.feeds(rng, 3, (2, 3, 8, 8))
+    return model, bench.calibrate(model, bench.place(model, abits=4, first_last_bits=8), feeds), feeds
+
+
+def booked(model: ir.Model, plan: QuantPlan) -> QuantPlan:
+    """Every place with levels that grow by squares, as far as the codes did."""
+    for site in level_sites(model, plan)[0]:
+        low, high = (float(end) for end in site.quantizer.range())
+        below, above = low * (np.arange(3, 0, -1) / 3) ** 2, high * (np.arange(1, 13) / 12) ** 2
+        levels = np.sort(np.concatenate([[0.0], below, above]))
+        plan = with_levels(plan, site, quantizer_with_levels(site.quantizer.spec, levels))
+    return fit_biases(model, plan)
+
+
+def test_places(quantized: tuple[ir.Model, QuantPlan, Any]) -> None:
+    model, plan, _ = quantized
+    sites, refused = level_sites(model, plan)
+    assert {site.tensor or next(iter(site.keys)): sorted(site.keys) for site in sites} == {
+        "r": ["one:0"],  # through a MaxPool, which copies codes
+        "c1": ["left:0", "right:0"],
+        "behind:0": ["behind:0"],  # narrows the sum, which has 8 bits
+    }
+    assert not refused
+    after = booked(model, plan)
+    for name in ("r", "c1"):
+        stored = after.activation_quantizer(name)
+        assert stored is not None
+        assert stored.spec.bits == 8
+        assert stored.table is None
+    assert after.int_biases["b1"][0] == "one:0"
+    assert after.int_biases["b2"][0] == "left:0"
+    assert not level_sites(model, after)[0]
+
+
+@pytest.mark.parametrize(("name", "reason"), [("signed", "signed"), ("float", "reads it, too")])
+def test_places_that_cannot_have_one(quantized: tuple[ir.Model, QuantPlan, Any], name: str, reason: str) -> None:
+    model, plan, _ = quantized
+    if name == "float":
+        plan = QuantPlan(**{**vars(plan), "floats": {"right": "asked for"}})
+    else:
+        entry = plan.activations["c1"]
+        assert isinstance(entry, TensorQuantizer)
+        spec = type(entry.spec)(4, signed=True, symmetric=True)
+        plan = plan.with_activation("c1", TensorQuantizer(spec, entry.scale, np.int32(0)))
+    sites, refused = level_sites(model, plan)
+    assert "c1" not in {site.tensor for site in sites}
+    assert reason in refused["c1"]
+
+
+def test_nodes_compute_the_law(quantized: tuple[ir.Model, QuantPlan, list[dict[str, Any]]]) -> None:
+    """Codes behind every lookup, on onnxruntime: the law of the quantizer, of what the stored codes stand for."""
+    model, plan, feeds = quantized
+    plan = booked(model, plan)
+    emitted = emit(model, plan)
+    lookups = {node.name: node for node in emitted.graph if is_lookup(node)}
+    assert sorted(lookups) == ["behind_input0_quantized", "left_input0_quantized", "one_input0_quantized"]
+    stored = {"behind": "s_quantized", "left": "c1_quantized", "one": "m_quantized"}
+    tensors = {"behind": "s", "left": "c1", "one": "r"}
+    session = make_session(emitted, outputs=[*lookups, *stored.values()])
+    for feed in feeds:
+        got = session.run(feed)
+        for layer, codes in stored.items():
+            quantizer, wide = plan.requants[f"{layer}:0"], plan.activation_quantizer(tensors[layer])
+            assert isinstance(quantizer, TensorQuantizer)
+            assert wide is not None
+            levels = got[f"{layer}_input0_quantized"]
+            np.testing.assert_array_equal(levels, quantizer.quantize(wide.dequantize(got[codes])))
+            assert quantizer.table is not None
+            assert set(np.unique(levels)) <= set(quantizer.table.tolist())
+    # Nothing reads the stored codes but the lookups.
+    assert not {"c1_dequantized", "m_dequantized"} & {node.name for node in emitted.graph}
+    assert "r_dequantized" in {node.name for node in emitted.graph}
+
+
+def test_onnxruntime_and_the_reference_agree_and_layers_stay_integer(
+    quantized: tuple[ir.Model, QuantPlan, list[dict[str, Any]]], tmp_path: Any
+) -> None:
+    model, plan, feeds = quantized
+    proto = ir.to_proto(emit(model, booked(model, plan)))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    reference = ReferenceEvaluator(proto)
+    for feed in feeds:
+        (got,), (expected,) = session.run(None, feed), reference.run(None, feed)
+        np.testing.assert_allclose(got, expected, atol=0.05 * np.abs(expected).max())
+    kinds = [node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph]
+    assert kinds.count("QLinearConv") == 5
+    assert "Conv" not in kinds
+
+
+def test_the_table_holds_the_law_for_every_code() -> None:
+    quantizer = quantizer_with_levels(_spec(), np.array([-1.0, 0.0, 0.5, 3.0]))
+    stored = Affine(np.float32(0.02), np.int32(60), np.dtype(np.uint8))
+    real = (np.arange(256) - 60) * 0.02
+    levels = quantizer.dequantize(quantizer.quantize(real.astype(np.float32)))
+    found = quantizer.dequantize(lookup_table(quantizer, stored))
+    np.testing.assert_array_equal(found, levels)
+    assert np.abs(levels - real).max() == pytest.approx(1.25, abs=0.03)
+
+
+def test_only_codes_of_8_bits_have_a_table(quantized: tuple[ir.Model, QuantPlan, Any]) -> None:
+    model = quantized[0].clone()
+    quantizer = quantizer_with_levels(_spec(), np.array([0.0, 0.1, 0.5, 3.0]))
+    with pytest.raises(ModelError, match="codes of 8 bits"):
+        lookup_dequantize(model.graph, Builder(model.graph), model.graph.inputs[0], quantizer, "x")
+
+
+def _spec() -> QuantSpec:
+    return QuantSpec(2, signed=False, symmetric=False)

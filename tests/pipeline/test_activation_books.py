@@ -1,0 +1,171 @@
+"""Code books of activations from the setting to the verified file."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from postquant.passes.emit import emit
+from postquant.passes.level_plan import level_sites
+from postquant.passes.lookup_nodes import is_lookup
+from postquant.passes.lut_expansion import with_qdq
+from postquant.passes.plan import QuantPlan
+from postquant.passes.standard import standard_model, without_borders
+from postquant.pipeline import activation_books, learning_run, stages
+from postquant.pipeline.api import quantize
+from postquant.pipeline.config import Border, Method, QuantConfig, Weights
+from postquant.pipeline.demo.digits import load_digits
+from postquant.pipeline.encodings.entries import collect_entries
+from postquant.pipeline.plan_check import differences
+from postquant.pipeline.recover import recover_float_model
+from postquant.pipeline.verify_folder import verify_folder
+from postquant.runtime_ops.errors import ConfigError
+from postquant.runtime_ops.quantizer import TensorQuantizer
+
+CONFIG = QuantConfig(wbits=4, abits=3, method=Method.MSE, activations="lut", weights=Weights.INT, verify_samples=4)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Any:
+    """The demo's data."""
+    return load_digits()
+
+
+@pytest.fixture(scope="module")
+def result(digits: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, pathlib.Path]:
+    """The digits with code books, and where they were written."""
+    folder = tmp_path_factory.mktemp("books") / "out"
+    feeds = [{"image": digits.calibration[index : index + 1]} for index in range(48)]
+    return quantize(digits.model, feeds, CONFIG, out=folder), folder
+
+
+def outputs(model: pathlib.Path | bytes, images: Any) -> Any:
+    """Of a file, on onnxruntime."""
+    session = onnxruntime.InferenceSession(str(model) if isinstance(model, pathlib.Path) else model)
+    return session.run(None, {"image": images})[0]
+
+
+def books(plan: QuantPlan) -> list[TensorQuantizer]:
+    """All that a plan has."""
+    return [e for e in plan.requants.values() if isinstance(e, TensorQuantizer) and e.table is not None]
+
+
+def test_better_than_equal_gaps_and_checked(
+    digits: Any, result: tuple[Any, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    outcome, folder = result
+    assert all(check.passed for check in outcome.report.checks), outcome.report.checks
+    stage = next(stage for stage in outcome.report.stages if stage.name == "code books of activations")
+    assert stage.kept
+    emitted, plan = ir.load(folder / "model.onnx"), QuantPlan.load(folder / "plan.safetensors")
+    assert books(plan)
+    assert len(books(plan)) >= sum(is_lookup(node) for node in emitted.graph) > 0
+    assert {entry.spec.bits for entry in books(plan)} == {3}
+    feeds = [{"image": digits.calibration[index : index + 1]} for index in range(48)]
+    quantize(digits.model, feeds, dataclasses.replace(CONFIG, activations="int"), out=tmp_path / "even")  # type: ignore[arg-type]
+    images = digits.test[:300]
+    exact = outputs(digits.model, images)
+    errors = [np.square(outputs(f / "model.onnx", images) - exact).sum() for f in (folder, tmp_path / "even")]
+    assert errors[0] < 0.8 * errors[1], errors
+
+
+def test_receivers_check_it(result: tuple[Any, pathlib.Path]) -> None:
+    folder = result[1]
+    assert [check for check in verify_folder(folder) if not check.passed] == []
+    emitted, plan = with_qdq(ir.load(folder / "model.onnx")), QuantPlan.load(folder / "plan.safetensors")
+    recovered = recover_float_model(emitted, plan)
+    assert not list(differences(recovered, emit(recovered, plan), plan))
+    # One other level in the file is found, and so is a table that is none of the plan's.
+    lookup = next(node for node in emitted.graph if is_lookup(node))
+    table = lookup.inputs[0]
+    assert table is not None
+    assert table.const_value is not None
+    wrong = table.const_value.numpy().copy()
+    wrong[-1] -= 1
+    table.const_value = ir.Tensor(wrong, name=table.name)
+    found = [difference.what for difference in differences(recovered, emitted, plan)]
+    assert found
+    assert set(found) == {"the table of its levels differs from the plan's"}
+    key = next(key for key, entry in plan.requants.items() if getattr(entry, "table", None) is not None)
+    stored = next(iter(plan.activations.values()))
+    changed = plan.with_requant(key, stored)
+    found = [difference.what for difference in differences(recovered, emit(recovered, plan), changed)]
+    assert any("expected uniform codes by the plan, found Gather" in what for what in found)
+
+
+def test_what_vendors_get(result: tuple[Any, pathlib.Path]) -> None:
+    folder = result[1]
+    emitted, plan = ir.load(folder / "model.onnx"), QuantPlan.load(folder / "plan.safetensors")
+    # Lookups are standard operators: nothing changes.
+    standard = standard_model(emitted)
+    assert not standard.changes
+    assert not list(differences(recover_float_model(standard.model, plan), standard.model, without_borders(plan)))
+    notes = collect_entries(recover_float_model(emitted, plan), plan).notes
+    assert any("levels of a code book" in note.reason for note in notes)
+
+
+@pytest.mark.usefixtures("torch_installed")
+def test_learned_levels_are_what_the_file_computes(
+    digits: Any, result: tuple[Any, pathlib.Path], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    for name in ("recipe_for", "network_recipe"):
+        recipe = getattr(learning_run, name)
+        monkeypatch.setattr(
+            learning_run, name, lambda *a, recipe=recipe: dataclasses.replace(recipe(*a), iterations=30)
+        )
+    feeds = [{"image": digits.calibration[index : index + 1]} for index in range(48)]
+    outcome = quantize(digits.model, feeds, dataclasses.replace(CONFIG, learn=True), out=tmp_path / "out")
+    assert all(check.passed for check in outcome.report.checks), outcome.report.checks
+    assert [check for check in verify_folder(tmp_path / "out") if not check.passed] == []
+    assert next(stage for stage in outcome.report.stages if stage.name == "learning").kept
+    learned = books(QuantPlan.load(tmp_path / "out" / "plan.safetensors"))
+    unlearned = books(result[0].plan)
+    assert len(learned) == len(unlearned) > 0
+    assert any(not np.array_equal(a.table, b.table) for a, b in zip(learned, unlearned, strict=True))
+
+
+def test_an_interrupted_run_goes_on(digits: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    feeds = [{"image": digits.calibration[index : index + 1]} for index in range(32)]
+
+    def stop(*a: Any, **b: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "learn", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(digits.model, feeds, CONFIG, out=tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(activation_books, "collect", stop)
+        resumed = quantize(digits.model, feeds, CONFIG, out=tmp_path / "out")
+    whole = quantize(digits.model, feeds, CONFIG, out=tmp_path / "whole")
+    names = [stage.name for stage in resumed.report.stages]
+    assert names == [stage.name for stage in whole.report.stages]
+    assert (tmp_path / "out" / "model.onnx").read_bytes() == (tmp_path / "whole" / "model.onnx").read_bytes()
+
+
+def test_no_place_is_no_failure(digits: Any, tmp_path: pathlib.Path) -> None:
+    feeds = [{"image": digits.calibration[index : index + 1]} for index in range(8)]
+    found = quantize(digits.model, feeds, dataclasses.replace(CONFIG, abits=8), out=tmp_path / "out").report
+    assert found.passed
+    assert any("no activation of at most 4 bits can have a code book" in note for note in found.notes)
+    assert not any(is_lookup(node) for node in ir.load(tmp_path / "out" / "model.onnx").graph)
+
+
+def test_an_input_has_one_of_them() -> None:
+    for others in ({"border": Border.ON}, {"adaptive_step": True, "learn": True}):
+        with pytest.raises(ConfigError, match="a code book, a rounding border or an adaptive step"):
+            dataclasses.replace(CONFIG, **others)
+    with pytest.raises(ConfigError, match="vendor's numbers"):
+        dataclasses.replace(CONFIG, encodings="numbers.json")
+
+
+def test_sites_of_a_finished_plan(result: tuple[Any, pathlib.Path]) -> None:
+    folder = result[1]
+    plan = QuantPlan.load(folder / "plan.safetensors")
+    assert level_sites(recover_float_model(ir.load(folder / "model.onnx"), plan), plan)[0] == []

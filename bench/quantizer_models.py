@@ -84,6 +84,20 @@ class Quantizers:
         }
         return self._model("BorderQuantize", constants, {"channels": channels, "qmin": 0, "qmax": _QMAX})
 
+    def lookup(self) -> bytes:
+        """Codes of 8 bits to their levels: what an activation's code book is in a file."""
+        nodes = [
+            helper.make_node("Cast", ["x"], ["index"], to=onnx.TensorProto.INT32),
+            helper.make_node("Gather", ["table", "index"], ["codes"]),
+        ]
+        table = numpy_helper.from_array((np.arange(256) // 16 * 17).astype(np.uint8), "table")
+        x, codes = (
+            helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, self.x.shape) for name in ("x", "codes")
+        )
+        graph = helper.make_graph(nodes, "lookup", [x], [codes], [table])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR)
+        return bytes(model.SerializeToString())
+
     @staticmethod
     def _step() -> dict[str, Array]:
         return {"step": np.asarray(_STEP, np.float32), "zero_point": np.asarray(0, np.uint8)}

@@ -135,11 +135,11 @@ def _weight_entry(node: ir.Node, index: int, quantizer: TensorQuantizer, plan: Q
 
 def _general_notes(plan: QuantPlan) -> Iterable[EncodingNote]:
     for key, entry in plan.requants.items():
-        book = ", levels of a code book," if _spec(entry).has_table else ","
+        codes = f"{_spec(entry).bits} bits" + (" of a code book" if _spec(entry).has_table else "")
         yield EncodingNote(
             key,
             Fidelity.LEFT_OUT,
-            f"the input is quantized again, to {_spec(entry).bits} bits{book} for this layer only: the file names tensors",
+            f"the input is quantized again, to {codes}, for this layer only: the file names tensors",
         )
     for name, entry in plan.activations.items():
         if isinstance(entry, TensorQuantizer) and entry.border is not None:

@@ -107,7 +107,7 @@ def test_what_vendors_get(result: tuple[Any, pathlib.Path]) -> None:
     assert not standard.changes
     assert not list(differences(recover_float_model(standard.model, plan), standard.model, without_borders(plan)))
     notes = collect_entries(recover_float_model(emitted, plan), plan).notes
-    assert any("levels of a code book" in note.reason for note in notes)
+    assert any("3 bits of a code book" in note.reason for note in notes)
 
 
 @pytest.mark.usefixtures("torch_installed")

@@ -127,7 +127,9 @@ def test_learned_levels_are_what_the_file_computes(
     learned = books(QuantPlan.load(tmp_path / "out" / "plan.safetensors"))
     unlearned = books(result[0].plan)
     assert len(learned) == len(unlearned) > 0
-    assert any(not np.array_equal(a.table, b.table) for a, b in zip(learned, unlearned, strict=True))
+    assert [b.table.tolist() for b in learned if b.table is not None] != [
+        b.table.tolist() for b in unlearned if b.table is not None
+    ]
 
 
 def test_an_interrupted_run_goes_on(digits: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,9 @@ SPEC = QuantSpec(2, signed=False, symmetric=False, code_book=CodeBook.LEARNED)
 
 def quantizer(levels: list[int], scale: float = 0.5, zero_point: int = 0) -> TensorQuantizer:
     """One of 2 bits."""
-    return TensorQuantizer(SPEC, np.float32(scale), np.int32(zero_point), table=np.array(levels, np.uint8))
+    return TensorQuantizer(
+        SPEC, np.array(scale, np.float32), np.array(zero_point, np.int32), table=np.array(levels, np.uint8)
+    )
 
 
 @given(
@@ -38,7 +40,7 @@ def test_every_value_gets_the_nearest_level_of_its_code(
     for value in x:
         code = min(max(int(np.rint(np.float64(value) / 2.0**exponent)) + zero, 0), 255)
         # The upper one of two that are equally near.
-        expected.append(min(levels, key=lambda level, code=code: (abs(level - code), -level)))
+        expected.append(min((abs(level - code), -level, level) for level in levels)[2])
     np.testing.assert_array_equal(entry.quantize(x), expected)
     assert entry.quantize(x).dtype == np.uint8
     np.testing.assert_array_equal(entry.simulate(x), (np.array(expected) - zero) * np.float32(2.0**exponent))
@@ -86,6 +88,6 @@ def test_formats_that_do_not_exist(changed: dict[str, object]) -> None:
 def test_tables_that_do_not_exist() -> None:
     for table in (np.array([0, 1, 2], np.uint8), np.array([0, 1, 2, 3], np.int8)):
         with pytest.raises(ValueError, match="4 uint8 levels"):
-            TensorQuantizer(SPEC, np.float32(1), np.int32(0), table=table)
+            TensorQuantizer(SPEC, np.ones((), np.float32), np.zeros((), np.int32), table=table)
     with pytest.raises(ValueError, match="sorted"):
         quantizer([0, 3, 2, 9])

@@ -38,7 +38,7 @@ def test_values_get_the_levels_of_the_law() -> None:
 def test_equal_gaps_have_the_gradients_of_a_step() -> None:
     """Against the simulation of evenly spaced codes: values on no threshold, so that the cells do not matter."""
     place = (RNG.integers(0, 15, 4000) + RNG.choice([0.2, 0.3, 0.7, 0.8], 4000)).astype(np.float32)
-    values = np.concatenate([place * np.float32(0.5), np.float32([-2.0, -0.1, 7.8, 30.0])]).astype(np.float32)
+    values = np.concatenate([place * np.float32(0.5), np.array([-2.0, -0.1, 7.8, 30.0], np.float32)]).astype(np.float32)
     grad = torch.from_numpy(RNG.standard_normal(len(values)).astype(np.float32))
     x, y = (torch.from_numpy(values.copy()).requires_grad_() for _ in range(2))
     scale = torch.tensor(0.5, requires_grad=True)

@@ -1,9 +1,10 @@
 """Steps per second of learning, block by block, and what a step costs beside convolutions.
 
-    python bench/learning.py MODEL.onnx DATA.npz [--wbits 2] [--abits 2] [--steps 50] [--threads 1]
+    python bench/learning.py MODEL.onnx DATA.npz [--wbits 2] [--abits 2] [--steps 50] [--threads 1] [--lut]
 
 Ranges are min-max and weights keep their largest magnitude: how long a step takes does not depend on them. Times hold
 everything that a block does beside its steps as well: probes and judging. The last line sees the calling thread alone.
+``--lut`` gives activations of at most 4 bits code books.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from postquant.calib.ranges import method_ranges
 from postquant.calib.source import SubsetSource
 from postquant.calib.weight_start import start_weights
 from postquant.calib.work import forward_work
+from postquant.passes.level_plan import level_sites
 from postquant.passes.place import PlacementSettings, place
 from postquant.passes.plan import QuantPlan
 from postquant.passes.target import load_target
+from postquant.pipeline.activation_books import with_code_books
 from postquant.pipeline.config import QuantConfig
 from postquant.pipeline.inputs import open_calibration
 from postquant.pipeline.learning import learning_blocks
@@ -47,6 +50,7 @@ def main() -> None:
     parser.add_argument("--abits", type=int, default=2)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--lut", action="store_true", help="code books of activations")
     arguments = parser.parse_args()
     loaded = load_model(arguments.model)
     whole = open_calibration(arguments.data, loaded, QuantConfig())
@@ -56,6 +60,8 @@ def main() -> None:
         model = prepare(loaded, list(source.read([0])), opset=17, simplify=True, custom_ops=(), folder=path).model
         plan = place(model, load_target("onnxruntime"), PlacementSettings(wbits=arguments.wbits, abits=arguments.abits))
         plan = start_weights(model, method_ranges(model, plan, source, MinMax()).plan)
+        if arguments.lut:
+            plan = with_code_books(model, plan, level_sites(model, plan)[0], source)
         blocks = learning_blocks(model, plan)
         work = forward_work(model, source)
         recipe = dataclasses.replace(recipe_for(Effort.FAST, work), iterations=arguments.steps)

@@ -2,13 +2,18 @@
 
 A requantization whose quantizer has a code book becomes
 
-    codes of the stored tensor -> Cast (int32) -> Gather (from 256 uint8 levels) -> DequantizeLinear -> the reader
+    codes of the stored tensor -> Reshape (flat) -> Cast (int32) -> GatherElements (of 256 uint8 levels)
+        -> Reshape (the codes' Shape) -> DequantizeLinear -> the reader
 
-in standard operators: every stored code has its level. Whatever makes the stored codes keeps its integer kernel, and
-so does the reader. Names are those of an ordinary requantization; the table is named after it.
+in standard operators: every stored code has its level. A Gather would need no flat tensor, but onnxruntime's takes
+four times as long. (onnx's own evaluator knows no GatherElements of more than 64 elements.) Whatever makes the stored
+codes keeps its integer kernel, and so does the reader. Names are those of an ordinary requantization; the table is
+named after it.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import numpy.typing as npt
@@ -22,38 +27,49 @@ from postquant.runtime_ops.quantizer import TensorQuantizer
 _CODES = 256
 
 
-def is_lookup(node: ir.Node | None) -> bool:
-    """Whether a node is a Gather that gives every 8-bit code its level."""
-    if node is None or node.op_type != "Gather" or node.domain or len(node.inputs) != 2:
-        return False
-    table, index = node.inputs
-    if table is None or table.is_graph_input() or table.const_value is None or index is None:
-        return False
-    uint8 = table.const_value.dtype is ir.DataType.UINT8
-    return uint8 and tuple(table.const_value.shape.numpy()) == (_CODES,) and is_lookup_index(index.producer())
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """The nodes that give every 8-bit code its level.
 
-
-def is_lookup_index(node: ir.Node | None) -> bool:
-    """Whether a node makes indices of 8-bit codes."""
-    if node is None or node.op_type != "Cast" or node.domain:
-        return False
-    to, codes = node.attributes.get("to"), node.inputs[0]
-    return to is not None and to.as_int() == ir.DataType.INT32 and codes is not None and _has_codes(codes)
-
-
-def looked_up_codes(node: ir.Node) -> ir.Value:
-    """The codes that a lookup reads.
-
-    Args:
-        node: A lookup (:func:`is_lookup`).
+    Attributes:
+        codes: The codes that it reads.
+        table: (256,) uint8 levels, a constant.
+        nodes: All its nodes, the one that makes the levels last.
     """
-    index = node.inputs[1]
-    assert index is not None
-    cast = index.producer()
-    assert cast is not None
-    codes = cast.inputs[0]
-    assert codes is not None
-    return codes
+
+    codes: ir.Value
+    table: ir.Value
+    nodes: tuple[ir.Node, ...]
+
+
+def lookup_of(node: ir.Node | None) -> Lookup | None:
+    """The lookup whose last node this is, or None."""
+    if not _is(node, "Reshape") or node is None:
+        return None
+    gather, shape = (None if value is None else value.producer() for value in node.inputs)
+    if not (_is(gather, "GatherElements") and _is(shape, "Shape")) or gather is None or shape is None:
+        return None
+    table, index = gather.inputs
+    cast = None if index is None else index.producer()
+    flat = None if cast is None or not _is(cast, "Cast") or cast.inputs[0] is None else cast.inputs[0].producer()
+    codes = shape.inputs[0]
+    if cast is None or flat is None or not _is(flat, "Reshape") or codes is None or flat.inputs[0] is not codes:
+        return None
+    if table is None or table.is_graph_input() or table.const_value is None or not _has_codes(codes):
+        return None
+    if table.const_value.dtype is not ir.DataType.UINT8 or tuple(table.const_value.shape.numpy()) != (_CODES,):
+        return None
+    return Lookup(codes, table, (shape, flat, cast, gather, node))
+
+
+def is_lookup(node: ir.Node | None) -> bool:
+    """Whether a node is the last one of a lookup."""
+    return lookup_of(node) is not None
+
+
+def lookup_nodes(graph: ir.Graph) -> set[ir.Node]:
+    """All nodes of all lookups."""
+    return {part for node in graph if (found := lookup_of(node)) is not None for part in found.nodes}
 
 
 def lookup_table(quantizer: TensorQuantizer, stored: Affine) -> npt.NDArray[np.uint8]:
@@ -99,22 +115,30 @@ def lookup_dequantize(
     table = build.initializer(f"{name}_levels", ir.Tensor(lookup_table(quantizer, _numbers(dequantize))))
     scale = build.initializer(f"{name}_scale", quantizer.scale)
     zero_point = build.initializer(f"{name}_zero_point", ir.Tensor(quantizer.zero_point.astype(np.uint8)))
-    index, levels, result = (
-        ir.Value(name=build.unique(f"{name}_{part}"), type=ir.TensorType(dtype), shape=source.shape)
-        for part, dtype in (
-            ("index", ir.DataType.INT32),
-            ("quantized", ir.DataType.UINT8),
-            ("dequantized", ir.DataType.FLOAT),
-        )
-    )
-    to = ir.AttrInt64("to", int(ir.DataType.INT32))
+    ends = build.initializer(f"{name}_flat_shape", np.array([-1], np.int64))
+
+    def value(part: str, dtype: ir.DataType, shape: ir.Shape | None = None) -> ir.Value:
+        return ir.Value(name=build.unique(f"{name}_{part}"), type=ir.TensorType(dtype), shape=shape)
+
+    size, index = value("shape", ir.DataType.INT64), value("index", ir.DataType.INT32)
+    flat, found = value("flat", ir.DataType.UINT8), value("flat_quantized", ir.DataType.UINT8)
+    levels = value("quantized", ir.DataType.UINT8, source.shape)
+    result = value("dequantized", ir.DataType.FLOAT, source.shape)
+    to, axis = ir.AttrInt64("to", int(ir.DataType.INT32)), ir.AttrInt64("axis", 0)
     nodes = [
-        ir.Node("", "Cast", [codes], [to], outputs=[index], name=index.name),
-        ir.Node("", "Gather", [table, index], [ir.AttrInt64("axis", 0)], outputs=[levels], name=levels.name),
+        ir.Node("", "Shape", [codes], outputs=[size], name=size.name),
+        ir.Node("", "Reshape", [codes, ends], outputs=[flat], name=flat.name),
+        ir.Node("", "Cast", [flat], [to], outputs=[index], name=index.name),
+        ir.Node("", "GatherElements", [table, index], [axis], outputs=[found], name=found.name),
+        ir.Node("", "Reshape", [found, size], outputs=[levels], name=levels.name),
         ir.Node("", "DequantizeLinear", [levels, scale, zero_point], outputs=[result], name=result.name),
     ]
     graph.insert_after(dequantize, nodes)
     return result
+
+
+def _is(node: ir.Node | None, op_type: str) -> bool:
+    return node is not None and node.op_type == op_type and not node.domain
 
 
 def _has_codes(value: ir.Value) -> bool:

@@ -1,17 +1,19 @@
-"""The stage that gives narrow activations code books: :func:`decide_activations`."""
+"""The stage that gives narrow activations code books: :func:`decide_activations`, :func:`with_code_books`."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
 from postquant.calib.activation_levels import fit_levels
 from postquant.calib.collect import collect
+from postquant.calib.source import CalibrationSource
 from postquant.calib.statistics import Bounds
 from postquant.calib.trial import Trial
 from postquant.passes import semantics
-from postquant.passes.level_plan import level_sites, with_levels
+from postquant.passes.level_plan import LevelSite, level_sites, with_levels
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import make_session
 from postquant.pipeline.config import Activations
@@ -50,20 +52,7 @@ def decide_activations(
         log.note("no activation of at most 4 bits can have a code book")
         return plan
     job.progress.stage("code books of activations", len(job.source))
-    names = list(dict.fromkeys(site.value for site in sites))
-    session = make_session(model, outputs=names)
-    statistics = collect(
-        session.run,
-        job.source,
-        names,
-        max_elements_per_tensor=_ELEMENTS,
-        bounds={name: Bounds(*semantics.activation_bounds(model, name)) for name in names},
-        progress=lambda _done, _all: job.progress.advance(),
-    )
-    del session
-    books = plan
-    for site in sites:
-        books = with_levels(books, site, fit_levels(site.quantizer.spec, statistics[site.value].density()))
+    books = with_code_books(model, plan, sites, job.source, job.progress.advance)
     trial = Trial(reference, job.source, threads=threads)
     before, after = trial.measure(model, plan), trial.measure(model, books)
     kept = after.error < before.error
@@ -72,4 +61,35 @@ def decide_activations(
     log.add("code books of activations", detail, kept=kept, sqnr_db=after.sqnr_db)
     plan = books if kept else plan
     job.checkpoint.save("activations", plan=plan, data=log.since_resume())
+    return plan
+
+
+def with_code_books(
+    model: ir.Model,
+    plan: QuantPlan,
+    sites: Sequence[LevelSite],
+    source: CalibrationSource,
+    progress: Callable[[], None] = lambda: None,
+) -> QuantPlan:
+    """The plan with code books of the least squared error over all samples.
+
+    Args:
+        model: The float model that the plan is about.
+        plan: A decided plan.
+        sites: Its places (:func:`postquant.passes.level_plan.level_sites`).
+        source: Calibration data.
+        progress: Called after every sample.
+    """
+    names = list(dict.fromkeys(site.value for site in sites))
+    session = make_session(model, outputs=names)
+    statistics = collect(
+        session.run,
+        source,
+        names,
+        max_elements_per_tensor=_ELEMENTS,
+        bounds={name: Bounds(*semantics.activation_bounds(model, name)) for name in names},
+        progress=lambda _done, _all: progress(),
+    )
+    for site in sites:
+        plan = with_levels(plan, site, fit_levels(site.quantizer.spec, statistics[site.value].density()))
     return plan

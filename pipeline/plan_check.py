@@ -18,7 +18,7 @@ from postquant.passes.adaptive_nodes import ADAPTIVE, adaptive_differences, is_a
 from postquant.passes.barriers import is_barrier
 from postquant.passes.border_nodes import BORDER, is_border
 from postquant.passes.free_memory import release_tensor
-from postquant.passes.lookup_nodes import is_lookup, is_lookup_index, lookup_table
+from postquant.passes.lookup_nodes import lookup_nodes, lookup_of, lookup_table
 from postquant.passes.plan import QuantPlan
 from postquant.passes.weight_codes import weight_codes
 from postquant.pipeline.qdq_structure import Reading, array_of, reading
@@ -97,8 +97,9 @@ def differences(float_model: ir.Model, emitted: ir.Model, plan: QuantPlan) -> It
         for index, value in enumerate(node.inputs):
             if value is not None and index < len(other.inputs):
                 yield from _input(plan, node, index, value, other.inputs[index])
+    lookups = lookup_nodes(emitted.graph)
     for name, node in written.items():
-        if is_barrier(node) or is_lookup(node) or is_lookup_index(node):
+        if is_barrier(node) or node in lookups:
             continue
         yield Difference(f"node {name}", f"{node.op_type} is in neither the model nor the plan")
 
@@ -190,13 +191,15 @@ def _border(where: str, quantizer: TensorQuantizer, node: ir.Node | None) -> Ite
 def _code_book(where: str, quantizer: TensorQuantizer, found: Reading) -> Iterator[Difference]:
     """The levels of a quantizer, and of the table that its codes come from."""
     if (quantizer.table is not None) != (found.looked_up is not None):
-        expected = "uniform codes" if quantizer.table is None else "levels of a table"
-        yield Difference(where, f"expected {expected} by the plan, found {found.quantize and found.quantize.op_type}")
+        names = ("uniform codes", "levels of a table")
+        expected, seen = names[quantizer.table is not None], names[found.looked_up is not None]
+        yield Difference(where, f"expected {expected} by the plan, found {seen}")
         return
-    if quantizer.table is None or found.looked_up is None or found.quantize is None:
+    lookup = lookup_of(found.quantize)
+    if quantizer.table is None or found.looked_up is None or lookup is None:
         return
     levels = lookup_table(quantizer, found.looked_up.numbers)
-    if not np.array_equal(levels, array_of(found.quantize.inputs[0], found.quantize)):
+    if not np.array_equal(levels, array_of(lookup.table, lookup.nodes[-1])):
         yield Difference(where, "the table of its levels differs from the plan's")
 
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from postquant.passes.adaptive_nodes import is_adaptive
 from postquant.passes.barriers import before_barrier
 from postquant.passes.border_nodes import is_border
-from postquant.passes.lookup_nodes import is_lookup, looked_up_codes
+from postquant.passes.lookup_nodes import lookup_of
 from postquant.runtime_ops.errors import VerificationError
 from postquant.runtime_ops.integer import Affine
 
@@ -29,10 +29,10 @@ class Reading:
         codes: The codes that DequantizeLinear reads.
         numbers: Its scale and zero point.
         dequantize: The DequantizeLinear.
-        quantize: The QuantizeLinear, BorderQuantize or AdaptiveQuantize that makes the codes, or the Gather that looks
-            them up; None for constants and for codes from elsewhere.
+        quantize: The QuantizeLinear, BorderQuantize or AdaptiveQuantize that makes the codes, or the last node of the
+            lookup that does; None for constants and for codes from elsewhere.
         saturation: Bounds of the integer Clip between the two, None without one.
-        looked_up: What stands behind the codes that a Gather reads; None without one.
+        looked_up: What stands behind the codes that a lookup reads; None without one.
     """
 
     codes: ir.Value
@@ -89,8 +89,9 @@ def _behind(codes: ir.Value, numbers: Affine, dequantize: ir.Node) -> Reading:
         saturation = (low, high) if saturation is None else (max(low, saturation[0]), min(high, saturation[1]))
         inner = producer.inputs[0]
         producer = None if inner is None else inner.producer()
-    if producer is not None and is_lookup(producer):
-        stored = looked_up_codes(producer)
+    lookup = lookup_of(producer)
+    if lookup is not None:
+        stored = lookup.codes
         maker = stored.producer()
         while maker is not None and maker.op_type == "Clip":
             inner = maker.inputs[0]

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from postquant.passes.adaptive_nodes import is_adaptive
 from postquant.passes.barriers import is_barrier
 from postquant.passes.border_nodes import is_border
-from postquant.passes.lookup_nodes import is_lookup, is_lookup_index
+from postquant.passes.lookup_nodes import lookup_nodes
 from postquant.passes.lut_expansion import with_qdq
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline.qdq_structure import Reading, reading
@@ -136,10 +136,11 @@ class _Recovery:
                 self.graph.outputs[index] = new
 
     def _remove_unread(self) -> None:
+        lookups = lookup_nodes(self.graph)
         quantizers = ("DequantizeLinear", "Clip", "QuantizeLinear")
         for node in reversed(tuple(self.graph)):
             value = node.outputs[0]
-            ours = any(is_ours(node) for is_ours in (is_barrier, is_border, is_adaptive, is_lookup, is_lookup_index))
+            ours = node in lookups or any(is_ours(node) for is_ours in (is_barrier, is_border, is_adaptive))
             removable = node.op_type in quantizers or ours
             if removable and not value.uses() and not value.is_graph_output():
                 self.graph.remove(node, safe=True)

@@ -45,13 +45,13 @@ def measure(
 
 
 def chosen_settings(case: Case, options: argparse.Namespace) -> list[Setting]:
-    """What the options ask for; learning takes minutes, and has to be named."""
+    """What the options ask for; what only we have, and learning, which takes minutes, have to be named."""
     wanted: list[str] | None = options.settings
     if options.ablation:
         return [s for s in ablation_settings(case) if wanted is None or s.name.split("-")[0] in wanted]
     if wanted is None:
         return list(case.settings)
-    return [setting for setting in (*case.settings, *case.learned_settings) if setting.name in wanted]
+    return [setting for setting in (*case.settings, *case.named_settings) if setting.name in wanted]
 
 
 def lines(options: argparse.Namespace, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
@@ -64,7 +64,7 @@ def lines(options: argparse.Namespace, folder: pathlib.Path) -> Iterator[dict[st
         kilobytes = case.path.stat().st_size / 1000
         yield {"setting": "float", "quantizer": "-", **metrics, "model": case.name, "kb": kilobytes}
         for setting in chosen_settings(case, options):
-            ours = options.ablation or setting in case.learned_settings
+            ours = options.ablation or setting in case.named_settings
             for quantizer in ("postquant",) if ours else options.quantizers:
                 yield measure(case, setting, quantizer, folder, options)
 
@@ -109,7 +109,7 @@ def comma_separated(choices: list[str]) -> Any:
 def main() -> int:
     """Runs the measurements; 1 if one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    widths = sorted({setting.name for case in CASES for setting in (*case.settings, *case.learned_settings)})
+    widths = sorted({setting.name for case in CASES for setting in (*case.settings, *case.named_settings)})
     parser.add_argument("--models", type=comma_separated([case.name for case in CASES]))
     parser.add_argument("--settings", type=comma_separated(widths))
     parser.add_argument(

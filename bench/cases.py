@@ -75,9 +75,17 @@ class Case:
         return tuple(Setting(f"w{w}a{a}", w, a) for w, a in self.widths)
 
     @property
-    def learned_settings(self) -> tuple[Setting, ...]:
-        """``w4a4-learn`` takes the default effort, ``-fast`` the least; ``-lut`` gives activations code books."""
-        return tuple(
+    def named_settings(self) -> tuple[Setting, ...]:
+        """Settings that are measured only where they are named: 4 bits with code books of activations, and learning.
+
+        ``w4a4-learn`` takes the default effort, ``-fast`` the least; ``-lut`` gives activations code books.
+        """
+        four = tuple(
+            Setting(f"w4a4{books}", 4, 4, chosen)
+            for books, chosen in _ACTIVATIONS
+            if chosen or (4, 4) not in self.widths
+        )
+        return four + tuple(
             Setting(f"w{w}a{a}-learn{suffix}{books}", w, a, (("learn", True), *options, *chosen), self.learned_samples)
             for w, a in self.learned
             for suffix, options in _EFFORTS

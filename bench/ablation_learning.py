@@ -113,7 +113,7 @@ class Study:
         source = open_calibration(self.data, load_model(self.case.path), self.config)
         work = forward_work(model, source)
         changed = {"iterations": self.options.iterations, "keep": 1.0, **LEARNED[row]}
-        recipe: Recipe = dataclasses.replace(recipe_for(Effort.NORMAL, work), **changed)
+        recipe: Recipe = dataclasses.replace(recipe_for(Effort.FAST, work), **changed)
         blocks = learning_blocks(model, plan)
         with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
             cache = BlockCache(model, blocks, source, temporary, memory=2 << 30)

@@ -55,6 +55,8 @@ def lookup_of(node: ir.Node | None) -> Lookup | None:
     codes = shape.inputs[0]
     if cast is None or flat is None or not _is(flat, "Reshape") or codes is None or flat.inputs[0] is not codes:
         return None
+    if cast.attributes["to"].as_int() != ir.DataType.INT32:
+        return None
     if table is None or table.is_graph_input() or table.const_value is None or not _has_codes(codes):
         return None
     if table.const_value.dtype is not ir.DataType.UINT8 or tuple(table.const_value.shape.numpy()) != (_CODES,):

@@ -18,7 +18,8 @@ from postquant.runtime_ops.code_book import CodeBook
 from postquant.runtime_ops.quantizer import TensorQuantizer, scale_and_zero_point
 
 _LINEAR = frozenset({"Conv", "Gemm", "MatMul"})
-_STORED_BITS = 8
+# Of a tensor whose readers round it in ways of their own.
+STORED_BITS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def border_sites(model: ir.Model, plan: QuantPlan, *, bits: int) -> tuple[list[B
             continue
         readers: tuple[tuple[str, str], ...] = ()
         if key not in plan.requants:
-            readers = tuple((f"{use.node.name}:0", _weight(use.node)) for use in value.uses())
+            readers = tuple((f"{use.node.name}:0", weight_name(use.node)) for use in value.uses())
         found.append(BorderSite(node, key, value.name or "", readers))
     return found, refused
 
@@ -74,7 +75,7 @@ def _why_not(node: ir.Node, value: ir.Value, quantizer: TensorQuantizer, plan: Q
     rank = _rank(node, value)
     if node.op_type not in _LINEAR:
         return f"no border follows from a {node.op_type}"
-    if not isinstance(plan.weights.get(_weight(node)), TensorQuantizer):
+    if not isinstance(plan.weights.get(weight_name(node)), TensorQuantizer):
         return "its weight is not quantized"
     if rank not in (2, 3, 4) or (node.op_type != "Conv" and rank != 2):
         return "its input has no channel axis 1 and at most two more axes"
@@ -138,7 +139,7 @@ def wide(readers: list[TensorQuantizer]) -> TensorQuantizer:
     >>> round(float(q.scale), 6), int(q.zero_point)
     (0.1, 51)
     """
-    spec = dataclasses.replace(readers[0].spec, bits=_STORED_BITS, code_book=CodeBook.UNIFORM)
+    spec = dataclasses.replace(readers[0].spec, bits=STORED_BITS, code_book=CodeBook.UNIFORM)
     ranges = [(*reader.range(), 1.0 if reader.adaptive is None else reader.adaptive.beta_max) for reader in readers]
     low = min(float(low) * most for low, _, most in ranges)
     high = max(float(high) * most for _, high, most in ranges)
@@ -153,7 +154,8 @@ def _rank(node: ir.Node, value: ir.Value) -> int | None:
     return None if known is None or known.shape is None else known.shape.rank()
 
 
-def _weight(node: ir.Node) -> str:
+def weight_name(node: ir.Node) -> str:
+    """Name of a layer's weight, its input 1."""
     weight = node.inputs[1]
     assert weight is not None
     return weight.name or ""

@@ -13,12 +13,10 @@ import dataclasses
 import onnx_ir as ir
 
 from postquant.passes import semantics
-from postquant.passes.border_plan import wide
+from postquant.passes.border_plan import STORED_BITS, weight_name, wide
 from postquant.passes.plan import QuantPlan
 from postquant.runtime_ops.code_book import MOST_LEVEL_BITS
 from postquant.runtime_ops.quantizer import TensorQuantizer
-
-_STORED_BITS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +72,13 @@ def level_sites(model: ir.Model, plan: QuantPlan) -> tuple[list[LevelSite], dict
         value = node.inputs[int(index)]
         stored = None if value is None else plan.activation_quantizer(value.name or "")
         reason = _why_not_levels(entry)
-        if stored is None or stored.spec.bits != _STORED_BITS or stored.spec.signed:
+        if stored is None or stored.spec.bits != STORED_BITS or stored.spec.signed:
             reason = reason or "the tensor that it narrows has no unsigned codes of 8 bits"
         if index != "0" or not _is_layer(node, plan):
             reason = reason or f"{name} is no layer with a quantized weight"
         if reason is None:
             assert value is not None
-            found.append(LevelSite(value.name or "", {key: _weight(node)}, "", entry))
+            found.append(LevelSite(value.name or "", {key: weight_name(node)}, "", entry))
         else:
             refused[key] = reason
     return found, refused
@@ -131,16 +129,10 @@ def _other_readers(value: ir.Value, plan: QuantPlan, members: list[str], keys: d
             continue
         if use.idx != 0 or not _is_layer(use.node, plan):
             return f"{use.node.name or use.node.op_type} reads it, too"
-        keys[key] = _weight(use.node)
+        keys[key] = weight_name(use.node)
     return None
 
 
 def _is_layer(node: ir.Node, plan: QuantPlan) -> bool:
     weighted = semantics.weight_index(node) == 1 and node.name not in plan.floats
-    return weighted and isinstance(plan.weights.get(_weight(node)), TensorQuantizer)
-
-
-def _weight(node: ir.Node) -> str:
-    weight = node.inputs[1]
-    assert weight is not None
-    return weight.name or ""
+    return weighted and isinstance(plan.weights.get(weight_name(node)), TensorQuantizer)

@@ -57,11 +57,20 @@ def lookup_of(node: ir.Node | None) -> Lookup | None:
         return None
     if cast.attributes["to"].as_int() != ir.DataType.INT32:
         return None
-    if table is None or table.is_graph_input() or table.const_value is None or not _has_codes(codes):
+    if table is None or table.is_graph_input() or table.const_value is None or maker_of(codes) is None:
         return None
     if table.const_value.dtype is not ir.DataType.UINT8 or tuple(table.const_value.shape.numpy()) != (_CODES,):
         return None
     return Lookup(codes, table, (shape, flat, cast, gather, node))
+
+
+def maker_of(codes: ir.Value) -> ir.Node | None:
+    """The QuantizeLinear that makes codes, perhaps with Clips in between, or None."""
+    producer = codes.producer()
+    while producer is not None and _is(producer, "Clip"):
+        inner = producer.inputs[0]
+        producer = None if inner is None else inner.producer()
+    return producer if _is(producer, "QuantizeLinear") else None
 
 
 def is_lookup(node: ir.Node | None) -> bool:
@@ -141,15 +150,6 @@ def lookup_dequantize(
 
 def _is(node: ir.Node | None, op_type: str) -> bool:
     return node is not None and node.op_type == op_type and not node.domain
-
-
-def _has_codes(value: ir.Value) -> bool:
-    """Whether a value holds codes: a QuantizeLinear makes them, perhaps with Clips behind it."""
-    producer = value.producer()
-    while producer is not None and producer.op_type == "Clip" and not producer.domain:
-        inner = producer.inputs[0]
-        producer = None if inner is None else inner.producer()
-    return producer is not None and producer.op_type == "QuantizeLinear" and not producer.domain
 
 
 def _numbers(dequantize: ir.Node) -> Affine:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from postquant.passes.adaptive_nodes import is_adaptive
 from postquant.passes.barriers import before_barrier
 from postquant.passes.border_nodes import is_border
-from postquant.passes.lookup_nodes import lookup_of
+from postquant.passes.lookup_nodes import lookup_of, maker_of
 from postquant.runtime_ops.errors import VerificationError
 from postquant.runtime_ops.integer import Affine
 
@@ -91,15 +91,10 @@ def _behind(codes: ir.Value, numbers: Affine, dequantize: ir.Node) -> Reading:
         producer = None if inner is None else inner.producer()
     lookup = lookup_of(producer)
     if lookup is not None:
-        stored = lookup.codes
-        maker = stored.producer()
-        while maker is not None and maker.op_type == "Clip":
-            inner = maker.inputs[0]
-            maker = None if inner is None else inner.producer()
+        maker = maker_of(lookup.codes)
         assert maker is not None
-        return Reading(
-            codes, numbers, dequantize, producer, saturation, _behind(stored, _numbers(maker, stored), dequantize)
-        )
+        looked_up = _behind(lookup.codes, _numbers(maker, lookup.codes), dequantize)
+        return Reading(codes, numbers, dequantize, producer, saturation, looked_up)
     # BorderQuantize and AdaptiveQuantize have their scale and zero point where QuantizeLinear has them.
     makes_codes = producer is not None and (
         producer.op_type == "QuantizeLinear" or is_border(producer) or is_adaptive(producer)

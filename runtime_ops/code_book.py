@@ -14,7 +14,6 @@ nothing is approximated behind it.
 An activation's levels are uint8 numbers, codes of the 8 bits that it is stored in (:func:`nearest_codes`):
 
     code = clip(round(x / scale) + zero_point, 0, 255)          level = the nearest one of the table, the upper of two
-
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from postquant.passes.plan import QuantPlan
 from postquant.passes.standard import standard_model, without_borders
 from postquant.pipeline import activation_books, learning_run, stages
 from postquant.pipeline.api import quantize
-from postquant.pipeline.config import Border, Method, QuantConfig, Weights
+from postquant.pipeline.config import Activations, Border, Method, QuantConfig, Weights
 from postquant.pipeline.demo.digits import load_digits
 from postquant.pipeline.encodings.entries import collect_entries
 from postquant.pipeline.plan_check import differences
@@ -28,7 +28,9 @@ from postquant.pipeline.verify_folder import verify_folder
 from postquant.runtime_ops.errors import ConfigError
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
-CONFIG = QuantConfig(wbits=4, abits=3, method=Method.MSE, activations="lut", weights=Weights.INT, verify_samples=4)  # type: ignore[arg-type]
+CONFIG = QuantConfig(
+    wbits=4, abits=3, method=Method.MSE, activations=Activations.LUT, weights=Weights.INT, verify_samples=4
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def test_better_than_equal_gaps_and_checked(
     assert len(books(plan)) >= sum(is_lookup(node) for node in emitted.graph) > 0
     assert {entry.spec.bits for entry in books(plan)} == {3}
     feeds = [{"image": digits.calibration[index : index + 1]} for index in range(48)]
-    quantize(digits.model, feeds, dataclasses.replace(CONFIG, activations="int"), out=tmp_path / "even")  # type: ignore[arg-type]
+    quantize(digits.model, feeds, dataclasses.replace(CONFIG, activations=Activations.INT), out=tmp_path / "even")
     images = digits.test[:300]
     exact = outputs(digits.model, images)
     errors = [np.square(outputs(f / "model.onnx", images) - exact).sum() for f in (folder, tmp_path / "even")]

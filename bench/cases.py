@@ -37,7 +37,10 @@ class Setting:
 
 _Options = tuple[tuple[str, str | bool], ...]
 _EFFORTS: tuple[tuple[str, _Options], ...] = (("", ()), ("-fast", (("effort", "fast"),)))
-_ACTIVATIONS: tuple[tuple[str, _Options], ...] = (("", ()), ("-lut", (("activations", "lut"),)))
+_ACTIVATIONS: tuple[tuple[str, _Options], ...] = (
+    ("", ()),
+    *((f"-{name}", (("activations", name),)) for name in ("int", "lut")),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,8 @@ class Case:
     def named_settings(self) -> tuple[Setting, ...]:
         """Settings that are measured only where they are named: 4 bits with code books of activations, and learning.
 
-        ``w4a4-learn`` takes the default effort, ``-fast`` the least; ``-lut`` gives activations code books.
+        ``w4a4-learn`` takes the default effort, ``-fast`` the least; ``-lut`` gives activations code books wherever
+        they gain anything, ``-int`` none.
         """
         four = tuple(
             Setting(f"w4a4{books}", 4, 4, chosen)

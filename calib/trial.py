@@ -31,6 +31,8 @@ from postquant.runtime_ops.quantizer import TensorQuantizer
 # longer per sample; a network of a third the work gets the most: with 79 samples, ResNet-56 followed them too closely.
 TRIAL_WORK = 1.7e9
 LEAST_SAMPLES, MOST_SAMPLES = 16, 256
+# What costs run time (rounding borders, code books of activations) and was not asked for must gain this much.
+WORTH_DB = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

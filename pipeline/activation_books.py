@@ -11,23 +11,42 @@ from postquant.calib.activation_levels import fit_levels
 from postquant.calib.collect import collect
 from postquant.calib.source import CalibrationSource
 from postquant.calib.statistics import Bounds
-from postquant.calib.trial import Trial
+from postquant.calib.trial import WORTH_DB, Trial
 from postquant.passes import semantics
 from postquant.passes.level_plan import LevelSite, level_sites, with_levels
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import make_session
-from postquant.pipeline.config import Activations
+from postquant.passes.target import WeightStorage
+from postquant.pipeline.config import Activations, Border, Method
 from postquant.pipeline.job import Job
 from postquant.pipeline.stage_log import StageLog
 
 # Values of one tensor and sample that enter its histogram.
 _ELEMENTS = 1 << 15
+# Levels lie within the even quantizer's range times this; larger values count as if they were its ends. The range was
+# chosen by the outputs of the layers that read it, which need no large values as exactly as squared errors ask for
+# (docs/code-books.md, "Range").
+_WIDER = 1.5
+
+
+def code_books_wanted(job: Job) -> bool:
+    """Whether code books are tried where an activation can have one.
+
+    Where nobody asked for them, only as a part of EasyQuant, and for onnxruntime: other tool chains want even steps. An
+    activation has nothing else that was asked for, and a vendor's numbers stay.
+    """
+    config = job.config
+    if config.activations is not Activations.AUTO:
+        return config.activations is Activations.LUT
+    taken = config.adaptive_step or config.border not in (Border.AUTO, Border.OFF) or job.encodings is not None
+    packed = job.target.weight_storage is WeightStorage.PACKED
+    return config.method is Method.EASYQUANT and packed and not taken
 
 
 def decide_activations(
     job: Job, reference: ir.Model, model: ir.Model, plan: QuantPlan, log: StageLog, *, threads: int
 ) -> QuantPlan:
-    """Gives all narrow activations code books, where that was asked for and the output error falls.
+    """Gives all narrow activations code books where the output error falls: by at least 1 dB if nobody asked for them.
 
     Args:
         job: What to do.
@@ -40,28 +59,36 @@ def decide_activations(
     Returns:
         The plan, changed or not.
     """
-    if job.config.activations is not Activations.LUT:
+    if not code_books_wanted(job):
         return plan
+    asked = job.config.activations is Activations.LUT
     saved = job.checkpoint.load("activations")
     if saved is not None:
         log.resume("activations", saved.data())
         return saved.plan()
     sites, refused = level_sites(model, plan)
-    log.note(*(f"{key} has no code book: {reason}" for key, reason in refused.items()))
     if not sites:
-        log.note("no activation of at most 4 bits can have a code book")
+        if asked:
+            log.note(*_reasons(refused), "no activation of at most 4 bits can have a code book")
         return plan
     job.progress.stage("code books of activations", len(job.source))
     books = with_code_books(model, plan, sites, job.source, job.progress.advance)
     trial = Trial(reference, job.source, threads=threads)
     before, after = trial.measure(model, plan), trial.measure(model, books)
-    kept = after.error < before.error
     gain = 20 * math.log10(max(before.error, 1e-30) / max(after.error, 1e-30))
-    detail = f"{len(sites)} activations, {gain:.2f} dB better than equal gaps"
+    kept = gain > 0.0 if asked else gain >= WORTH_DB
+    needed = "" if asked or kept else f", {WORTH_DB:g} dB would be worth their run time"
+    detail = f"{len(sites)} activations, {gain:.2f} dB better than equal gaps{needed}"
+    if asked or kept:
+        log.note(*_reasons(refused))
     log.add("code books of activations", detail, kept=kept, sqnr_db=after.sqnr_db)
     plan = books if kept else plan
     job.checkpoint.save("activations", plan=plan, data=log.since_resume())
     return plan
+
+
+def _reasons(refused: dict[str, str]) -> list[str]:
+    return [f"{key} has no code book: {reason}" for key, reason in refused.items()]
 
 
 def with_code_books(
@@ -91,5 +118,7 @@ def with_code_books(
         progress=lambda _done, _all: progress(),
     )
     for site in sites:
-        plan = with_levels(plan, site, fit_levels(site.quantizer.spec, statistics[site.value].density()))
+        low, high = (_WIDER * float(end) for end in site.quantizer.range())
+        density = statistics[site.value].density(Bounds(low, high))
+        plan = with_levels(plan, site, fit_levels(site.quantizer.spec, density))
     return plan

@@ -7,16 +7,13 @@ import math
 import onnx_ir as ir
 
 from postquant.calib.border import MOST_BITS, BorderOptions, choose_borders
-from postquant.calib.trial import Trial
+from postquant.calib.trial import WORTH_DB, Trial
 from postquant.passes.border_plan import border_sites
 from postquant.passes.plan import QuantPlan
 from postquant.passes.target import WeightStorage
 from postquant.pipeline.config import Border
 from postquant.pipeline.job import Job
 from postquant.pipeline.stage_log import StageLog
-
-# A border costs more time than the convolution behind it, so that "auto" asks for this much.
-WORTH_DB = 1.0
 
 
 def borders_wanted(job: Job) -> bool:

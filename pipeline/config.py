@@ -66,6 +66,7 @@ class Weights(enum.Enum):
 class Activations(enum.Enum):
     """Which values activations of 4 and fewer bits may have."""
 
+    AUTO = "auto"
     INT = "int"
     LUT = "lut"
 
@@ -184,7 +185,9 @@ class QuantConfig:
     )
     budget: str | None = formatted("choose the bits of every layer within it", EXAMPLES, Budget.read, none="none")
     weights: Weights = choice(Weights, "values of weights of 2 and 4 bits", default=Weights.AUTO)
-    activations: Activations = choice(Activations, "values of activations of 4 and fewer bits", default=Activations.INT)
+    activations: Activations = choice(
+        Activations, "values of activations of 4 and fewer bits", default=Activations.AUTO
+    )
     method: Method = choice(Method, "how scales are chosen", default=Method.EASYQUANT)
     target: str = text("a built-in target or the path of a target file", default="onnxruntime")
     seed: int = integer("seed of every random choice", default=0, low=0, high=2**32 - 1)
@@ -296,7 +299,7 @@ class QuantConfig:
         """Refuses what would change the tensors that a vendor's numbers are about."""
         changes = [name for name in ("align_input", "equalize", "cross_layer", "smooth") if getattr(self, name)]
         changes += ["adaptive_step"] if self.adaptive_step else []
-        changes += ["activations"] if self.activations is not Activations.INT else []
+        changes += ["activations"] if self.activations is Activations.LUT else []
         changes += ["border"] if self.border not in (Border.AUTO, Border.OFF) else []
         if self.encodings is not None and changes:
             raise ConfigError(

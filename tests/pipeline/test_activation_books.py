@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -17,11 +18,15 @@ from postquant.passes.lookup_nodes import is_lookup, lookup_of
 from postquant.passes.lut_expansion import with_qdq
 from postquant.passes.plan import QuantPlan
 from postquant.passes.standard import standard_model, without_borders
+from postquant.passes.target import load_target
 from postquant.pipeline import activation_books, learning_run, stages
+from postquant.pipeline.activation_books import with_code_books
 from postquant.pipeline.api import quantize
 from postquant.pipeline.config import Activations, Border, Method, QuantConfig, Weights
 from postquant.pipeline.demo.digits import load_digits
 from postquant.pipeline.encodings.entries import collect_entries
+from postquant.pipeline.inputs import open_calibration
+from postquant.pipeline.job import Job
 from postquant.pipeline.plan_check import differences
 from postquant.pipeline.recover import recover_float_model
 from postquant.pipeline.verify_folder import verify_folder
@@ -157,6 +162,57 @@ def test_no_place_is_no_failure(digits: Any, tmp_path: pathlib.Path) -> None:
     assert found.passed
     assert any("no activation of at most 4 bits can have a code book" in note for note in found.notes)
     assert not any(is_lookup(node) for node in ir.load(tmp_path / "out" / "model.onnx").graph)
+
+
+@pytest.mark.parametrize("worth", [-99.0, 99.0])
+def test_unasked_they_must_pay(
+    digits: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, worth: float
+) -> None:
+    monkeypatch.setattr(activation_books, "WORTH_DB", worth)
+    feeds = [{"image": digits.calibration[index : index + 1]} for index in range(16)]
+    config = QuantConfig(wbits=8, abits=4, border=Border.OFF, weights=Weights.INT, verify_samples=4, bundle=False)
+    found = quantize(digits.model, feeds, config, out=tmp_path / "out").report
+    assert found.passed
+    stage = next(stage for stage in found.stages if stage.name == "code books of activations")
+    assert stage.kept == (worth < 0)
+    assert ("would be worth" in stage.detail) == (not stage.kept)
+    assert any(is_lookup(node) for node in ir.load(tmp_path / "out" / "model.onnx").graph) == stage.kept
+
+
+@pytest.mark.parametrize(
+    ("others", "target", "wanted"),
+    [
+        ({}, "onnxruntime", True),
+        ({"border": Border.OFF}, "onnxruntime", True),
+        ({"activations": Activations.INT}, "onnxruntime", False),
+        ({"border": Border.ON}, "onnxruntime", False),
+        ({"adaptive_step": True, "learn": True}, "onnxruntime", False),
+        ({"method": Method.MSE}, "onnxruntime", False),
+        ({}, "tensorrt", False),
+        ({"activations": Activations.LUT, "method": Method.MSE}, "tensorrt", True),
+    ],
+)
+def test_when_they_are_tried(others: dict[str, Any], target: str, wanted: bool) -> None:
+    job = SimpleNamespace(config=QuantConfig(abits=4, **others), target=load_target(target), encodings=None)
+    assert activation_books.code_books_wanted(cast(Job, job)) == wanted
+    job.encodings = object()
+    assert activation_books.code_books_wanted(cast(Job, job)) == (wanted and "activations" in others)
+
+
+def test_rare_values_take_no_level(digits: Any, tmp_path: pathlib.Path) -> None:
+    feeds = [{"image": digits.calibration[index : index + 1]} for index in range(16)]
+    quantize(digits.model, feeds, dataclasses.replace(CONFIG, activations=Activations.INT), out=tmp_path / "even")
+    plan = QuantPlan.load(tmp_path / "even" / "plan.safetensors")
+    model = recover_float_model(ir.load(tmp_path / "even" / "model.onnx"), plan)
+    sites, _ = level_sites(model, plan)
+    spikes = [*feeds, {"image": 30 * feeds[0]["image"]}]
+    wide = with_code_books(model, plan, sites, open_calibration(spikes, model, CONFIG))
+    for site in sites:
+        entry = wide.requants[next(iter(site.keys))]
+        assert isinstance(entry, TensorQuantizer)
+        low, high = (1.5 * float(end) for end in site.quantizer.range())
+        assert low - float(entry.scale) <= float(entry.range()[0])
+        assert 0.9 * high <= float(entry.range()[1]) <= high + float(entry.scale)  # the spikes reach beyond it
 
 
 def test_an_input_has_one_of_them() -> None:

@@ -13,6 +13,7 @@ library of native operators. Rows:
     nearest      scales by the least squared error, nearest codes
     bias         + corrected biases
     start        EasyQuant with compensated rounding
+    books        start + code books of activations, where they gain anything
     rounding     start + codes of weights and steps of activations
     scales       + biases and scales of weights
     masks        scales + QDrop, as `--learn` has it from 4 bits on; no other row has masks
@@ -20,6 +21,7 @@ library of native operators. Rows:
     neighbours   + rounding borders that see their neighbours as well
     adaptive     scales + steps for every sample, without borders
     network      scales + the whole network
+    levels       scales + code books of activations, whose levels are learned
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ from postquant.passes.emit import emit
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline import stages
 from postquant.pipeline.api import quantize
-from postquant.pipeline.config import Border, QuantConfig, Weights
+from postquant.pipeline.config import Activations, Border, QuantConfig, Weights
 from postquant.pipeline.inputs import open_calibration
 from postquant.pipeline.learning import learning_blocks
 from postquant.pipeline.learning_run import ADAPTIVE_FEATURES
@@ -67,6 +69,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "nearest": {"method": "mse", "bias_correction": False},
     "bias": {"method": "mse", "bias_correction": True},
     "start": {},
+    "books": {"activations": Activations.LUT},
 }
 # Share of the values that QDrop quantizes.
 MASKED = 0.5
@@ -79,7 +82,10 @@ LEARNED: dict[str, dict[str, Any]] = {
     "neighbours": {"borders": Borders.NEIGHBOURS},
     "adaptive": {"adaptive": int(ADAPTIVE_FEATURES)},
     "network": {},
+    "levels": {},
 }
+# The plan that a learned row starts from, unless it is that of "start".
+STARTS = {"levels": "books"}
 
 
 class Study:
@@ -88,7 +94,9 @@ class Study:
     def __init__(self, case: Case, width: str, options: argparse.Namespace, folder: pathlib.Path) -> None:
         self.case, self.options, self.folder = case, options, folder
         wbits, abits = (int(part) for part in width.removeprefix("w").split("a"))
-        self.config = QuantConfig(wbits=wbits, abits=abits, weights=Weights.INT, border=Border.OFF)
+        self.config = QuantConfig(
+            wbits=wbits, abits=abits, weights=Weights.INT, activations=Activations.INT, border=Border.OFF
+        )
         self.data = list(feeds(case, options.samples))
         self.plans: dict[str, tuple[ir.Model, QuantPlan]] = {}
 
@@ -109,7 +117,7 @@ class Study:
 
     def learned(self, row: str, seed: int) -> tuple[ir.Model, QuantPlan]:
         """The starting plan with learned blocks."""
-        model, plan = self.plan("start")
+        model, plan = self.plan(STARTS.get(row, "start"))
         source = open_calibration(self.data, load_model(self.case.path), self.config)
         work = forward_work(model, source)
         changed = {"iterations": self.options.iterations, "keep": 1.0, **LEARNED[row]}

@@ -38,7 +38,7 @@ from postquant.passes.emit import emit
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline import stages
 from postquant.pipeline.api import quantize
-from postquant.pipeline.config import Border, QuantConfig
+from postquant.pipeline.config import Activations, Border, QuantConfig
 from postquant.pipeline.inputs import open_calibration
 from postquant.pipeline.load import load_model, save_model
 from postquant.pipeline.measure import SimilarityMeter
@@ -105,7 +105,7 @@ class Study:
         labels = np.load(case.path.parent / "calib.npz")["y"]
         order = np.random.RandomState(0).permutation(len(labels)) if case.dataset == "cifar10" else range(len(labels))
         self.labels = [int(labels[i]) for i in order][calibrating : calibrating + comparing]
-        config = QuantConfig(wbits=8, abits=4, border=Border.OFF)
+        config = QuantConfig(wbits=8, abits=4, activations=Activations.INT, border=Border.OFF)
         self.source = open_calibration(data[:calibrating], load_model(case.path), config)
         self.model, self.plan = _quantized(case, data[:calibrating], config)
         self.sites, _ = border_sites(self.model, self.plan, bits=4)

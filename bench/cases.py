@@ -126,13 +126,14 @@ CASES = (
 )
 
 # Each line adds one thing to the line before.
-_PLAIN: tuple[tuple[str, str | bool], ...] = (
+_PLAIN: _Options = (
+    ("activations", "int"),
     ("align_input", False),
     ("equalize", False),
     ("cross_layer", False),
     ("smooth", False),
 )
-ABLATION_STEPS: tuple[tuple[str, tuple[tuple[str, str | bool], ...]], ...] = (
+ABLATION_STEPS: tuple[tuple[str, _Options], ...] = (
     ("minmax", (("method", "minmax"), ("bias_correction", False), *_PLAIN)),
     ("mse", (("method", "mse"), ("bias_correction", False), *_PLAIN)),
     ("easyquant", (("method", "easyquant"), ("bias_correction", False), *_PLAIN)),

@@ -26,7 +26,7 @@ _ELEMENTS = 1 << 15
 # Levels lie within the even quantizer's range times this; larger values count as if they were its ends. The range was
 # chosen by the outputs of the layers that read it, which need no large values as exactly as squared errors ask for
 # (docs/code-books.md, "Range").
-_WIDER = 1.5
+_WIDER = 2.0
 
 
 def code_books_wanted(job: Job) -> bool:

@@ -25,7 +25,7 @@ from postquant.pipeline.stage_log import StageLog
 _ELEMENTS = 1 << 15
 # Levels lie within the even quantizer's range times this; larger values count as if they were its ends. The range was
 # chosen by the outputs of the layers that read it, which need no large values as exactly as squared errors ask for
-# (docs/code-books.md, "Range").
+# (docs/learning.md, "Even codes of activations").
 _WIDER = 2.0
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from postquant.calib.learn.learner import LearnedBlock
 
 # What an adaptive step sees of its sample.
-ADAPTIVE_FEATURES = Feature.MEANS | Feature.DEVIATION | Feature.MAXIMUM
+ADAPTIVE_FEATURES = Feature.DEVIATION | Feature.MAXIMUM
 NO_GAIN = "the network's outputs are no better"
 _BORDERS = dict.fromkeys(Border, Borders.OFF) | {
     Border.LEARNED_OWN: Borders.OWN,

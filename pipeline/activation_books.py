@@ -17,7 +17,7 @@ from postquant.passes.level_plan import LevelSite, level_sites, with_levels
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import make_session
 from postquant.passes.target import WeightStorage
-from postquant.pipeline.config import Activations, Border, Method
+from postquant.pipeline.config import Activations, Border, Method, QuantConfig
 from postquant.pipeline.job import Job
 from postquant.pipeline.stage_log import StageLog
 
@@ -27,6 +27,9 @@ _ELEMENTS = 1 << 15
 # chosen by the outputs of the layers that read it, which need no large values as exactly as squared errors ask for
 # (docs/learning.md, "Even codes of activations").
 _WIDER = 2.0
+# Learning makes up for about half of what even codes lose (docs/learning.md, "Even codes of activations"): so much must
+# be gained in front of it.
+_WORTH_BEFORE_LEARNING_DB = 2 * WORTH_DB
 
 
 def code_books_wanted(job: Job) -> bool:
@@ -43,10 +46,17 @@ def code_books_wanted(job: Job) -> bool:
     return config.method is Method.EASYQUANT and packed and not taken
 
 
+def least_gain_db(config: QuantConfig) -> float:
+    """By how much the network's outputs must get better."""
+    if config.activations is Activations.LUT:
+        return 0.0
+    return _WORTH_BEFORE_LEARNING_DB if config.learn else WORTH_DB
+
+
 def decide_activations(
     job: Job, reference: ir.Model, model: ir.Model, plan: QuantPlan, log: StageLog, *, threads: int
 ) -> QuantPlan:
-    """Gives all narrow activations code books where the output error falls: by at least 1 dB if nobody asked for them.
+    """Gives all narrow activations code books where the output error falls by enough (:func:`least_gain_db`).
 
     Args:
         job: What to do.
@@ -76,8 +86,9 @@ def decide_activations(
     trial = Trial(reference, job.source, threads=threads)
     before, after = trial.measure(model, plan), trial.measure(model, books)
     gain = 20 * math.log10(max(before.error, 1e-30) / max(after.error, 1e-30))
-    kept = gain > 0.0 if asked else gain >= WORTH_DB
-    needed = "" if asked or kept else f", {WORTH_DB:g} dB would be worth their run time"
+    least = least_gain_db(job.config)
+    kept = gain > least
+    needed = "" if asked or kept else f", {least:g} dB would be worth their run time"
     detail = f"{len(sites)} activations, {gain:.2f} dB better than equal gaps{needed}"
     if asked or kept:
         log.note(*_reasons(refused))

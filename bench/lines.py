@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -26,6 +27,8 @@ def write_lines(lines: Iterable[Line], options: argparse.Namespace, markdown: Ca
         options: Those of :func:`add_output_options`.
         markdown: Makes the table.
     """
+    # Asked to stop, a benchmark takes along the worker that it waits for: subprocess ends it on any exception.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     results: list[Line] = []
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

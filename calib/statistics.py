@@ -173,7 +173,7 @@ class TensorStatistics:
         self._min_sum += other._min_sum
         self._max_sum += other._max_sum
 
-    def density(self, within: Bounds = Bounds(), *, max_bins: int = MAX_BINS) -> Density:
+    def density(self, within: Bounds = UNBOUNDED, *, max_bins: int = MAX_BINS) -> Density:
         """The histogram of the clipped values, for reading.
 
         Args:

@@ -1,4 +1,13 @@
-"""The stage that gives narrow activations code books: :func:`decide_activations`, :func:`with_code_books`."""
+"""The stage that gives narrow activations code books: :func:`decide_activations`, :func:`with_code_books`.
+
+Every activation of at most 4 bits that can have one gets the ``2**bits`` levels of the least squared error
+(:mod:`postquant.calib.activation_levels`) within :data:`_WIDER` times the range ``[low, high]`` of its even codes, in
+the tensor's units, for all layers that read it. All of them together are kept where the network's outputs gain
+
+    20 log10(error with even codes / error with code books)  >  0, 1 or 2 dB (:func:`least_gain_db`)
+
+with :class:`postquant.calib.trial.Trial`'s error, on calibration samples.
+"""
 
 from __future__ import annotations
 

@@ -208,20 +208,23 @@ def test_learning_makes_up_for_a_part_of_the_gain() -> None:
     assert found[0] == 0.0 < found[1] < found[2]
 
 
-def test_rare_values_take_no_level(digits: Any, tmp_path: pathlib.Path) -> None:
+def test_rare_values_take_no_level(digits: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     feeds = [{"image": digits.calibration[index : index + 1]} for index in range(16)]
     quantize(digits.model, feeds, dataclasses.replace(CONFIG, activations=Activations.INT), out=tmp_path / "even")
     plan = QuantPlan.load(tmp_path / "even" / "plan.safetensors")
     model = recover_float_model(ir.load(tmp_path / "even" / "model.onnx"), plan)
     sites, _ = level_sites(model, plan)
     spikes = [*feeds, {"image": 30 * feeds[0]["image"]}]
-    wide = with_code_books(model, plan, sites, open_calibration(spikes, model, CONFIG))
+    limited = with_code_books(model, plan, sites, open_calibration(spikes, model, CONFIG))
+    monkeypatch.setattr(activation_books, "_WIDER", 1e6)
+    unlimited = with_code_books(model, plan, sites, open_calibration(spikes, model, CONFIG))
     for site in sites:
-        entry = wide.requants[next(iter(site.keys))]
-        assert isinstance(entry, TensorQuantizer)
         low, high = (2.0 * float(end) for end in site.quantizer.range())
-        assert low - float(entry.scale) <= float(entry.range()[0])
-        assert high / 2 < float(entry.range()[1]) <= high + float(entry.scale)  # the spikes reach beyond it
+        narrow, wide = (plan.requants[next(iter(site.keys))] for plan in (limited, unlimited))
+        assert isinstance(narrow, TensorQuantizer)
+        assert isinstance(wide, TensorQuantizer)
+        assert low - float(narrow.scale) <= float(narrow.range()[0])
+        assert float(narrow.range()[1]) <= high + float(narrow.scale) < float(wide.range()[1])
 
 
 def test_an_input_has_one_of_them() -> None:

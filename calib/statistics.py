@@ -173,11 +173,10 @@ class TensorStatistics:
         self._min_sum += other._min_sum
         self._max_sum += other._max_sum
 
-    def density(self, within: Bounds = UNBOUNDED, *, max_bins: int = MAX_BINS) -> Density:
+    def density(self, *, max_bins: int = MAX_BINS) -> Density:
         """The histogram of the clipped values, for reading.
 
         Args:
-            within: Further bounds that they are clipped to.
             max_bins: Neighbouring bins are merged until there are at most so many.
 
         Raises:
@@ -185,8 +184,7 @@ class TensorStatistics:
         """
         if self.histogram is None:
             raise ValueError(f"the statistics of {self.name!r} were collected without a histogram")
-        low, high = max(self.bounds.low, within.low), min(self.bounds.high, within.high)
-        return self.histogram.density(low, high, max_bins=max_bins)
+        return self.histogram.density(self.bounds.low, self.bounds.high, max_bins=max_bins)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TensorStatistics):

@@ -224,7 +224,7 @@ class _Emission:
                 node.replace_input_with(int(index), result)
                 continue
             # Nodes that requantize a tensor alike share the result.
-            levels = None if entry.table is None else entry.table.tobytes()
+            levels = None if entry.table is None else (entry.table.tobytes(), entry.table_axis)
             same = (source, (entry.spec, float(entry.scale), int(entry.zero_point), levels))
             if same not in made and levels is not None:
                 made[same] = lookup_dequantize(self.graph, self.build, source, entry, f"{node_name}_input{index}")

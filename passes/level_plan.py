@@ -3,7 +3,7 @@
 A code book belongs to what layers read. A tensor that has the layers' own narrow format is stored in 8 bits instead,
 over the same range, and every layer looks its codes up in the table: so pass-through nodes in between (MaxPool,
 Reshape) and whatever makes the tensor keep their integer kernels. A layer that narrows a wider tensor looks that one's
-codes up.
+codes up. Where all of them read one value, whose channels the graph knows, every channel may have levels of its own.
 """
 
 from __future__ import annotations
@@ -18,22 +18,30 @@ from postquant.passes.plan import QuantPlan
 from postquant.runtime_ops.code_book import MOST_LEVEL_BITS
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
+_NO_CHANNELS = (None, 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class LevelSite:
     """One code book to decide.
 
     Attributes:
-        value: Name of the value whose levels it has.
+        value: Name of the value whose levels it has: what the layers read, or, where they read different parts or forms
+            of the stored tensor, that.
         keys: Keys ``"<node>:0"`` of the layers that read through it -> names of their weights.
         tensor: Key of the stored tensor that gets 8 bits; "" where the layers narrow one that has them already.
         quantizer: The uniform one that it takes the place of.
+        axis: Axis of the value's channels, counted from the last one, -1, or None where the layers do not read the same
+            ones.
+        channels: How many there are; 1 without an axis.
     """
 
     value: str
     keys: dict[str, str]
     tensor: str
     quantizer: TensorQuantizer
+    axis: int | None = None
+    channels: int = 1
 
 
 def level_sites(model: ir.Model, plan: QuantPlan) -> tuple[list[LevelSite], dict[str, str]]:
@@ -56,12 +64,17 @@ def level_sites(model: ir.Model, plan: QuantPlan) -> tuple[list[LevelSite], dict
             continue
         assert isinstance(entry, TensorQuantizer)
         members = [tensor, *sorted(name for name, root in plan.shared.items() if root == tensor)]
-        keys: dict[str, str] = {}
+        readers: dict[ir.Node, ir.Value] = {}
         reason = _why_not_levels(entry)
         for member in members:
-            reason = reason or _other_readers(values[member], plan, members, keys)
-        if reason is None and keys:
-            found.append(LevelSite(tensor, keys, tensor, entry))
+            reason = reason or _other_readers(values[member], plan, members, readers)
+        if reason is None and readers:
+            keys = {f"{node.name}:0": weight_name(node) for node in readers}
+            read = {value.name or "" for value in readers.values()}
+            channels = {_channels(node, value) for node, value in readers.items()}
+            alone = len(read) == len(channels) == 1
+            name, shape = (read.pop(), channels.pop()) if alone else (tensor, _NO_CHANNELS)
+            found.append(LevelSite(name, keys, tensor, entry, *shape))
         elif reason is not None:
             refused[tensor] = reason
     for key, entry in plan.requants.items():
@@ -78,7 +91,8 @@ def level_sites(model: ir.Model, plan: QuantPlan) -> tuple[list[LevelSite], dict
             reason = reason or f"{name} is no layer with a quantized weight"
         if reason is None:
             assert value is not None
-            found.append(LevelSite(value.name or "", {key: weight_name(node)}, "", entry))
+            keys = {key: weight_name(node)}
+            found.append(LevelSite(value.name or "", keys, "", entry, *_channels(node, value)))
         else:
             refused[key] = reason
     return found, refused
@@ -117,8 +131,10 @@ def _why_not_levels(quantizer: TensorQuantizer) -> str | None:
     return None
 
 
-def _other_readers(value: ir.Value, plan: QuantPlan, members: list[str], keys: dict[str, str]) -> str | None:
-    """Why something reads a value that is no layer; the layers go to ``keys``."""
+def _other_readers(
+    value: ir.Value, plan: QuantPlan, members: list[str], readers: dict[ir.Node, ir.Value]
+) -> str | None:
+    """Why something reads a value that is no layer; the layers go to ``readers``, with what they read."""
     if value.is_graph_output():
         return "it is an output of the network"
     for use in value.uses():
@@ -129,8 +145,18 @@ def _other_readers(value: ir.Value, plan: QuantPlan, members: list[str], keys: d
             continue
         if use.idx != 0 or not _is_layer(use.node, plan):
             return f"{use.node.name or use.node.op_type} reads it, too"
-        keys[key] = weight_name(use.node)
+        readers[use.node] = value
     return None
+
+
+def _channels(node: ir.Node, value: ir.Value) -> tuple[int | None, int]:
+    """The axis of a layer's input along which its weights are multiplied, and its length, if that is known."""
+    if value.shape is None or (node.op_type == "Gemm" and semantics.attribute(node, "transA", 0)):
+        return _NO_CHANNELS
+    rank = len(value.shape)
+    axis = rank - 1 if node.op_type == "MatMul" else 1
+    length = value.shape[axis] if axis < rank else None
+    return (axis - rank, length) if isinstance(length, int) else _NO_CHANNELS
 
 
 def _is_layer(node: ir.Node, plan: QuantPlan) -> bool:

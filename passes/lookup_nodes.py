@@ -2,13 +2,21 @@
 
 A requantization whose quantizer has a code book becomes
 
-    codes of the stored tensor -> Reshape (flat) -> Cast (int32) -> GatherElements (of 256 uint8 levels)
+    codes of the stored tensor -> Cast (int32) [-> Add (256 c)] -> Reshape (flat) -> GatherElements (of uint8 levels)
         -> Reshape (the codes' Shape) -> DequantizeLinear -> the reader
 
-in standard operators: every stored code has its level. A Gather would need no flat tensor, but onnxruntime's takes
-four times as long. (onnx's own evaluator knows no GatherElements of more than 64 elements.) Whatever makes the stored
-codes keeps its integer kernel, and so does the reader. Names are those of an ordinary requantization; the table is
-named after it.
+in standard operators: every stored code has its level, in a table of 256, or of 256 for each channel c. A Gather would
+need no flat tensor, but onnxruntime's takes four times as long. (onnx's own evaluator knows no GatherElements of more
+than 64 elements.) Whatever makes the stored codes keeps its integer kernel, and so does the reader.
+
+The table of all channels follows from their ``2^b`` levels each, in nodes that onnxruntime runs once, when it loads the
+model; 256 levels per channel would make the file much larger:
+
+    levels (C, 2^b) -> MatMulInteger (sums of neighbours: twice the middles) -> Unsqueeze
+        -> LessOrEqual (twice the stored codes, in the quantizer's own numbers) -> Cast (int32)
+        -> ReduceSum (how many middles a code has passed) -> GatherElements (of the levels) -> Reshape (flat)
+
+Names are those of an ordinary requantization; the table is named after it. Constants other than levels are shared.
 """
 
 from __future__ import annotations
@@ -20,11 +28,17 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from postquant.passes.qdq import Builder
+from postquant.runtime_ops import law
+from postquant.runtime_ops.code_book import nearest_codes, table_rows
 from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.integer import Affine
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 _CODES = 256
+# The chains of the module docstring, from the last node to the first.
+_ONE = ("Reshape", "GatherElements", "Reshape", "Cast")
+_CHANNELS = ("Reshape", "GatherElements", "Reshape", "Add", "Cast")
+_TABLE = ("Reshape", "GatherElements", "ReduceSum", "Cast", "LessOrEqual", "Unsqueeze", "MatMulInteger")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,35 +47,41 @@ class Lookup:
 
     Attributes:
         codes: The codes that it reads.
-        table: (256,) uint8 levels, a constant.
+        constants: What :func:`lookup_constants` tells of them.
         nodes: All its nodes, the one that makes the levels last.
     """
 
     codes: ir.Value
-    table: ir.Value
+    constants: tuple[ir.Value, ...]
     nodes: tuple[ir.Node, ...]
 
 
 def lookup_of(node: ir.Node | None) -> Lookup | None:
     """The lookup whose last node this is, or None."""
-    if not _is(node, "Reshape") or node is None:
+    chain = _back(node, _ONE) or _back(node, _CHANNELS)
+    if chain is None:
         return None
-    gather, shape = (None if value is None else value.producer() for value in node.inputs)
-    if not (_is(gather, "GatherElements") and _is(shape, "Shape")) or gather is None or shape is None:
+    last, gather, *middle, cast = chain
+    codes, table, shape = cast.inputs[0], gather.inputs[0], _producer(last.inputs[1])
+    if codes is None or table is None or not _is(shape, "Shape") or shape is None:
         return None
-    table, index = gather.inputs
-    cast = None if index is None else index.producer()
-    flat = None if cast is None or not _is(cast, "Cast") or cast.inputs[0] is None else cast.inputs[0].producer()
-    codes = shape.inputs[0]
-    if cast is None or flat is None or not _is(flat, "Reshape") or codes is None or flat.inputs[0] is not codes:
+    if shape.inputs[0] is not codes or maker_of(codes) is None:
         return None
-    if cast.attributes["to"].as_int() != ir.DataType.INT32:
+    nodes = (shape, cast, *reversed(middle), gather, last)
+    parts: tuple[ir.Node, ...] = ()
+    constants: list[ir.Value | None] = [table]
+    if len(chain) == len(_CHANNELS):
+        found = _back(_producer(table), _TABLE)
+        if found is None or found[1].inputs[0] is not found[-1].inputs[0]:
+            return None
+        parts = tuple(reversed(found))
+        _, levels, counts, _, compared, sliced, sums = found
+        constants = [levels.inputs[0], sums.inputs[1], sliced.inputs[1], compared.inputs[1], counts.inputs[1]]
+        constants.append(middle[1].inputs[1])
+    known = tuple(value for value in constants if value is not None and not value.is_graph_input())
+    if len(known) < len(constants) or any(value.const_value is None for value in known):
         return None
-    if table is None or table.is_graph_input() or table.const_value is None or maker_of(codes) is None:
-        return None
-    if table.const_value.dtype is not ir.DataType.UINT8 or tuple(table.const_value.shape.numpy()) != (_CODES,):
-        return None
-    return Lookup(codes, table, (shape, flat, cast, gather, node))
+    return Lookup(codes, known, (*parts, *nodes))
 
 
 def maker_of(codes: ir.Value) -> ir.Node | None:
@@ -83,17 +103,32 @@ def lookup_nodes(graph: ir.Graph) -> set[ir.Node]:
     return {part for node in graph if (found := lookup_of(node)) is not None for part in found.nodes}
 
 
-def lookup_table(quantizer: TensorQuantizer, stored: Affine) -> npt.NDArray[np.uint8]:
-    """The level of every stored code.
+def lookup_constants(quantizer: TensorQuantizer, stored: Affine) -> dict[str, npt.NDArray[np.integer]]:
+    """What the nodes of a lookup read besides codes.
 
     Args:
         quantizer: It has a code book of unsigned codes.
         stored: The numbers of the codes of 8 bits that it reads, one scale.
 
     Returns:
-        (256,) uint8.
+        Name -> constant. Without channels the levels of all 256 stored codes, uint8. Else the levels (C, n) uint8;
+        (n, n - 1) uint8 that adds neighbours; the axis behind them, int64; twice the stored codes in the quantizer's
+        numbers, (256,) int32; the axis that middles are counted along, int64; 256 c for every channel, int32, which
+        broadcasts to the codes.
     """
-    return np.ascontiguousarray(quantizer.quantize(stored.real(np.arange(_CODES))), np.uint8)
+    assert quantizer.table is not None
+    own = law.quantize(stored.real(np.arange(_CODES)), quantizer.scale, quantizer.zero_point, qmin=0, qmax=_CODES - 1)
+    if quantizer.table_axis is None:
+        return {"levels": nearest_codes(quantizer.table)[own]}
+    channels, count = quantizer.table.shape
+    return {
+        "levels": np.ascontiguousarray(quantizer.table),
+        "pairs": np.eye(count, count - 1, dtype=np.uint8) + np.eye(count, count - 1, k=-1, dtype=np.uint8),
+        "last_axis": np.array([2], np.int64),
+        "doubled": (2 * own).astype(np.int32),
+        "middle_axis": np.array([1], np.int64),
+        "offsets": table_rows(channels, quantizer.table_axis),
+    }
 
 
 def lookup_dequantize(
@@ -123,29 +158,57 @@ def lookup_dequantize(
             expected="uint8 codes",
             found="a float value" if codes is None else str(codes.dtype),
         )
-    table = build.initializer(f"{name}_levels", ir.Tensor(lookup_table(quantizer, _numbers(dequantize))))
+    arrays = lookup_constants(quantizer, _numbers(dequantize))
+    constants = {"levels": build.initializer(f"{name}_levels", arrays.pop("levels"))}
+    constants |= {part: build.shared_initializer(f"lookup_{part}", array) for part, array in arrays.items()}
     scale = build.initializer(f"{name}_scale", quantizer.scale)
     zero_point = build.initializer(f"{name}_zero_point", ir.Tensor(quantizer.zero_point.astype(np.uint8)))
-    ends = build.initializer(f"{name}_flat_shape", np.array([-1], np.int64))
+    flat_shape = build.shared_initializer("lookup_shape", np.array([-1], np.int64))
+    nodes: list[ir.Node] = []
 
-    def value(part: str, dtype: ir.DataType, shape: ir.Shape | None = None) -> ir.Value:
-        return ir.Value(name=build.unique(f"{name}_{part}"), type=ir.TensorType(dtype), shape=shape)
+    def add(
+        op_type: str, inputs: list[ir.Value], part: str, dtype: ir.DataType, shape: ir.Shape | None = None, **given: int
+    ) -> ir.Value:
+        made = ir.Value(name=build.unique(f"{name}_{part}"), type=ir.TensorType(dtype), shape=shape)
+        attributes = [ir.AttrInt64(key, number) for key, number in given.items()]
+        nodes.append(ir.Node("", op_type, inputs, attributes, outputs=[made], name=made.name))
+        return made
 
-    size, index = value("shape", ir.DataType.INT64), value("index", ir.DataType.INT32)
-    flat, found = value("flat", ir.DataType.UINT8), value("flat_quantized", ir.DataType.UINT8)
-    levels = value("quantized", ir.DataType.UINT8, source.shape)
-    result = value("dequantized", ir.DataType.FLOAT, source.shape)
-    to, axis = ir.AttrInt64("to", int(ir.DataType.INT32)), ir.AttrInt64("axis", 0)
-    nodes = [
-        ir.Node("", "Shape", [codes], outputs=[size], name=size.name),
-        ir.Node("", "Reshape", [codes, ends], outputs=[flat], name=flat.name),
-        ir.Node("", "Cast", [flat], [to], outputs=[index], name=index.name),
-        ir.Node("", "GatherElements", [table, index], [axis], outputs=[found], name=found.name),
-        ir.Node("", "Reshape", [found, size], outputs=[levels], name=levels.name),
-        ir.Node("", "DequantizeLinear", [levels, scale, zero_point], outputs=[result], name=result.name),
-    ]
+    uint8, int32 = ir.DataType.UINT8, ir.DataType.INT32
+    table = constants["levels"]
+    if quantizer.table_axis is not None:
+        sums = add("MatMulInteger", [table, constants["pairs"]], "sums", int32)
+        column = add("Unsqueeze", [sums, constants["last_axis"]], "middles", int32)
+        passed = add("LessOrEqual", [column, constants["doubled"]], "passed", ir.DataType.BOOL)
+        ones = add("Cast", [passed], "ones", int32, to=int(int32))
+        counted = add("ReduceSum", [ones, constants["middle_axis"]], "counted", int32, keepdims=0)
+        rows = add("GatherElements", [table, counted], "rows", uint8, axis=1)
+        table = add("Reshape", [rows, flat_shape], "table", uint8)
+    size = add("Shape", [codes], "shape", ir.DataType.INT64)
+    index = add("Cast", [codes], "index", int32, to=int(int32))
+    if quantizer.table_axis is not None:
+        index = add("Add", [index, constants["offsets"]], "place", int32)
+    flat = add("Reshape", [index, flat_shape], "flat", int32)
+    found = add("GatherElements", [table, flat], "flat_quantized", uint8, axis=0)
+    levels = add("Reshape", [found, size], "quantized", uint8, source.shape)
+    result = add("DequantizeLinear", [levels, scale, zero_point], "dequantized", ir.DataType.FLOAT, source.shape)
     graph.insert_after(dequantize, nodes)
     return result
+
+
+def _back(node: ir.Node | None, kinds: tuple[str, ...]) -> tuple[ir.Node, ...] | None:
+    """Nodes of these kinds, each the maker of the former's first input (of a GatherElements' index), or None."""
+    found: list[ir.Node] = []
+    for kind in kinds:
+        if node is None or not _is(node, kind):
+            return None
+        found.append(node)
+        node = _producer(node.inputs[1 if kind == "GatherElements" else 0])
+    return tuple(found)
+
+
+def _producer(value: ir.Value | None) -> ir.Node | None:
+    return None if value is None else value.producer()
 
 
 def _is(node: ir.Node | None, op_type: str) -> bool:

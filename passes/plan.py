@@ -115,7 +115,9 @@ class QuantPlan:
                     if entry.codes is not None:
                         arrays[f"{field}/{name}/codes"] = np.ascontiguousarray(entry.codes)
                     if entry.table is not None:
-                        arrays[f"{field}/{name}/table"] = entry.table
+                        arrays[f"{field}/{name}/table"] = np.ascontiguousarray(entry.table)
+                    if entry.table_axis is not None:
+                        arrays[f"{field}/{name}/table_axis"] = np.array(entry.table_axis, np.int32)
                     if entry.border is not None:
                         for part, array in entry.border.arrays().items():
                             arrays[f"{field}/{name}/border/{part}"] = array
@@ -171,6 +173,9 @@ class QuantPlan:
             parts = below(prefix)
             return AdaptiveModule.from_arrays(parts) if parts else None
 
+        def axis(name: str) -> int | None:
+            return int(arrays[name]) if name in arrays else None
+
         def table(field: str) -> dict[str, Entry]:
             result: dict[str, Entry] = {}
             for name, data in header[field].items():
@@ -185,6 +190,7 @@ class QuantPlan:
                         arrays.get(f"{key}/table"),
                         border(f"{key}/border/"),
                         adaptive(f"{key}/adaptive/"),
+                        axis(f"{key}/table_axis"),
                     )
                     if f"{key}/scale" in arrays
                     else spec

@@ -19,6 +19,7 @@ class Builder:
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
+        self._shared: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._names = set(graph.initializers)
         self._names.update(v.name for v in graph.inputs if v.name)
         for node in graph.all_nodes():  # nested graphs see the names of the outer one
@@ -45,6 +46,13 @@ class Builder:
         )
         self._graph.register_initializer(value)
         return value
+
+    def shared_initializer(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+        """An initializer with these values: a new one, or the one that an earlier call made."""
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._shared:
+            self._shared[key] = self.initializer(name, array)
+        return self._shared[key]
 
     def quantize_dequantize(
         self,

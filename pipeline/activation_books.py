@@ -2,7 +2,8 @@
 
 Every activation of at most 4 bits that can have one gets the ``2**bits`` levels of the least squared error
 (:mod:`postquant.calib.activation_levels`) within :data:`_WIDER` times the range ``[low, high]`` of its even codes, in
-the tensor's units, for all layers that read it. All of them together are kept where the network's outputs gain
+the tensor's units, for all layers that read it; every channel has its own where the graph tells the channels of what
+they read. All of them together are kept where the network's outputs gain
 
     20 log10(error with even codes / error with code books)  >  0, 1 or 2 dB (:func:`least_gain_db`)
 
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from postquant.calib.activation_levels import fit_levels
-from postquant.calib.collect import collect
+from postquant.calib.channel_histogram import ChannelHistogram
 from postquant.calib.source import CalibrationSource
 from postquant.calib.statistics import Bounds
 from postquant.calib.trial import WORTH_DB, Trial
@@ -30,8 +31,6 @@ from postquant.pipeline.config import Activations, Border, Method, QuantConfig
 from postquant.pipeline.job import Job
 from postquant.pipeline.stage_log import StageLog
 
-# Values of one tensor and sample that enter its histogram.
-_ELEMENTS = 1 << 15
 # Levels lie within the even quantizer's range times this; larger values count as if they were its ends. The range was
 # chosen by the outputs of the layers that read it, which need no large values as exactly as squared errors ask for
 # (docs/learning.md, "Even codes of activations").
@@ -127,18 +126,19 @@ def with_code_books(
         source: Calibration data.
         progress: Called after every sample.
     """
-    names = list(dict.fromkeys(site.value for site in sites))
-    session = make_session(model, outputs=names)
-    statistics = collect(
-        session.run,
-        source,
-        names,
-        max_elements_per_tensor=_ELEMENTS,
-        bounds={name: Bounds(*semantics.activation_bounds(model, name)) for name in names},
-        progress=lambda _done, _all: progress(),
-    )
-    for site in sites:
-        low, high = (_WIDER * float(end) for end in site.quantizer.range())
-        density = statistics[site.value].density(Bounds(low, high))
-        plan = with_levels(plan, site, fit_levels(site.quantizer.spec, density))
+    histograms = [_histogram(model, site) for site in sites]
+    session = make_session(model, outputs=list(dict.fromkeys(site.value for site in sites)))
+    for sample in source:
+        found = session.run(sample)
+        for site, histogram in zip(sites, histograms, strict=True):
+            histogram.update(found[site.value])
+        progress()
+    for site, histogram in zip(sites, histograms, strict=True):
+        plan = with_levels(plan, site, fit_levels(site.quantizer.spec, histogram, site.axis))
     return plan
+
+
+def _histogram(model: ir.Model, site: LevelSite) -> ChannelHistogram:
+    bounds = Bounds(*semantics.activation_bounds(model, site.value))
+    low, high = (bounds.clip(_WIDER * float(end)) for end in site.quantizer.range())
+    return ChannelHistogram(min(low, 0.0), max(high, 0.0), site.channels, site.axis)

@@ -14,6 +14,8 @@ nothing is approximated behind it.
 An activation's levels are uint8 numbers, codes of the 8 bits that it is stored in (:func:`nearest_codes`):
 
     code = clip(round(x / scale) + zero_point, 0, 255)          level = the nearest one of the table, the upper of two
+
+and its table may have a row for every channel.
 """
 
 from __future__ import annotations
@@ -121,17 +123,34 @@ def nearest_codes(table: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """The nearest level of every 8-bit code, the upper one of two that are equally near.
 
     Args:
-        table: (n,) uint8, sorted.
+        table: (n,) or (C, n) uint8, sorted along the last axis.
 
     Returns:
-        (256,) uint8.
+        (256,) or (C, 256) uint8.
 
     >>> nearest_codes(np.uint8([0, 10, 20, 255]))[[4, 5, 14, 138]].tolist()
     [0, 10, 10, 255]
     """
     levels = table.astype(np.int64)
-    nearest: npt.NDArray[np.uint8] = table[np.searchsorted(levels[:-1] + levels[1:], 2 * np.arange(256), side="right")]
+    reached = (levels[..., :-1] + levels[..., 1:])[..., None] <= 2 * np.arange(256)
+    nearest: npt.NDArray[np.uint8] = np.take_along_axis(table, reached.sum(axis=-2), axis=-1)
     return nearest
+
+
+def table_rows(channels: int, axis: int) -> npt.NDArray[np.int32]:
+    """Where every channel's levels of 256 codes begin, for codes whose channels lie on an axis.
+
+    Args:
+        channels: How many.
+        axis: Counted from the last one, -1.
+
+    Returns:
+        (channels, 1, ..., 1) int32 with ``-axis`` dimensions.
+
+    >>> table_rows(2, -3).shape, table_rows(3, -1).tolist()
+    ((2, 1, 1), [0, 256, 512])
+    """
+    return 256 * np.arange(channels, dtype=np.int32).reshape(-1, *[1] * (-axis - 1))
 
 
 def table_indices(levels: npt.NDArray[np.integer], table: Table) -> npt.NDArray[np.uint8]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from postquant.runtime_ops import law
 from postquant.runtime_ops.adaptive_module import AdaptiveModule
-from postquant.runtime_ops.code_book import CodeBook, nearest_codes, nearest_levels, post_table
+from postquant.runtime_ops.code_book import CodeBook, nearest_codes, nearest_levels, post_table, table_rows
 from postquant.runtime_ops.law_adaptive import adaptive_quantize
 from postquant.runtime_ops.law_border import border_quantize
 from postquant.runtime_ops.rounding_border import RoundingBorder
@@ -64,9 +64,11 @@ class TensorQuantizer:
         zero_point: () or (C,) int32 within ``[spec.qmin, spec.qmax]``.
         codes: int8/uint8 codes of the weight when rounding is not nearest, else None; levels where there is a table.
         table: (2**bits,) sorted levels of a code book, int8 of a weight or uint8 of an activation; None for uniform
-            codes. That of POST is filled in.
+            codes. That of POST is filled in. (C, 2**bits) where every channel of an activation has levels of its own.
         border: Rounds an unsigned activation of at most 8 bits otherwise than to nearest; None for nearest.
         adaptive: Gives such an activation, with the zero point 0, a step per sample: ``scale`` times a factor.
+        table_axis: Axis of the activation's channels, counted from the last one, -1, where the table has a row for
+            each; else None.
     """
 
     spec: QuantSpec
@@ -76,6 +78,7 @@ class TensorQuantizer:
     table: npt.NDArray[Any] | None = None
     border: RoundingBorder | None = None
     adaptive: AdaptiveModule | None = None
+    table_axis: int | None = None
 
     def __post_init__(self) -> None:
         scale = np.asarray(self.scale, np.float32)
@@ -90,7 +93,7 @@ class TensorQuantizer:
             raise ValueError("signed codes of a table have the zero point 0")
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "zero_point", zero_point)
-        object.__setattr__(self, "table", _table(self.spec, self.table))
+        object.__setattr__(self, "table", _table(self.spec, self.table, self.table_axis))
         if self.border is not None:
             if self.spec.signed or self.spec.bits > 8 or self.spec.axis is not None or self.codes is not None:
                 raise ValueError("a rounding border exists only for unsigned activations of at most 8 bits")
@@ -119,8 +122,7 @@ class TensorQuantizer:
     def range(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """The smallest and the largest representable value."""
         if self.table is not None and not self.spec.signed:
-            least, most = (np.asarray(self.dequantize(code)) for code in (self.table[:1], self.table[-1:]))
-            return least.reshape(()), most.reshape(())
+            return self.dequantize(self.table.min()), self.dequantize(self.table.max())
         low = (self.spec.qmin - self.zero_point).astype(np.float32) * self.scale
         high = (self.spec.qmax - self.zero_point).astype(np.float32) * self.scale
         return low, high
@@ -129,7 +131,8 @@ class TensorQuantizer:
         """Codes of ``x`` in the spec's container type (:func:`postquant.runtime_ops.law.quantize`).
 
         With a table: its nearest levels (:func:`postquant.runtime_ops.code_book.nearest_levels`, for activations
-        :func:`postquant.runtime_ops.code_book.nearest_codes` of codes of 8 bits). With a border:
+        :func:`postquant.runtime_ops.code_book.nearest_codes` of codes of 8 bits; a whole tensor where every channel has
+        a row). With a border:
         :func:`postquant.runtime_ops.law_border.border_quantize`, which wants a whole tensor. With an adaptive step:
         :func:`postquant.runtime_ops.law_adaptive.adaptive_quantize`, which wants whole samples.
         """
@@ -174,7 +177,12 @@ class TensorQuantizer:
     def _levels(self, x: npt.NDArray[np.floating]) -> npt.NDArray[np.integer]:
         assert self.table is not None
         if not self.spec.signed:
-            return nearest_codes(self.table)[self._apply(law.quantize, x).astype(np.uint8)]
+            codes, nearest = self._apply(law.quantize, x).astype(np.uint8), nearest_codes(self.table)
+            if self.table_axis is None:
+                return nearest[codes]
+            if codes.ndim < -self.table_axis or codes.shape[self.table_axis] != len(nearest):
+                raise ValueError(f"a tensor {codes.shape} has no {len(nearest)} channels on axis {self.table_axis}")
+            return np.take(nearest, table_rows(len(nearest), self.table_axis) + codes)
         scale = law.along_axis(self.scale, x.ndim, self.spec.axis)
         return nearest_levels(np.asarray(x, np.float32) / scale, self.table)
 
@@ -191,12 +199,14 @@ class TensorQuantizer:
         )
 
 
-def _table(spec: QuantSpec, table: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
+def _table(spec: QuantSpec, table: npt.NDArray[Any] | None, axis: int | None) -> npt.NDArray[Any] | None:
     """The table that belongs to a spec.
 
     Raises:
         ValueError: If it is missing, or is not that of the spec.
     """
+    if axis is not None and (axis >= 0 or not spec.has_table or spec.signed):
+        raise ValueError("only a code book of an activation has rows for channels, on an axis that is negative")
     if not spec.has_table:
         if table is not None:
             raise ValueError("uniform codes have no table")
@@ -205,8 +215,10 @@ def _table(spec: QuantSpec, table: npt.NDArray[Any] | None) -> npt.NDArray[Any] 
         if table is not None and not np.array_equal(table, post_table(spec.bits)):
             raise ValueError("the POST lattice has a table of its own")
         return post_table(spec.bits)
-    if table is None or table.dtype != np.dtype(spec.container) or table.shape != (1 << spec.bits,):
-        raise ValueError(f"a learned code book of {spec.bits} bits needs {1 << spec.bits} {spec.container} levels")
+    count, rank = 1 << spec.bits, 1 if axis is None else 2
+    if table is None or table.dtype != np.dtype(spec.container) or table.ndim != rank or table.shape[-1] != count:
+        rows = "" if axis is None else " per channel"
+        raise ValueError(f"a learned code book of {spec.bits} bits needs {count} {spec.container} levels{rows}")
     if (np.diff(table.astype(np.int16)) < 0).any():
         raise ValueError("the levels of a table are sorted")
     return table

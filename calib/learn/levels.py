@@ -1,7 +1,7 @@
 """Learned code books of activations: :class:`LevelsActivation`.
 
-The simulation gives every value its nearest level. Between two levels ``L_i <= x < L_i+1``, with ``t = (x - L_i) /
-(L_i+1 - L_i)``, and for the upstream ``g``, the gradients are
+The simulation gives every value its nearest level, of its channel where channels have levels of their own. Between two
+levels ``L_i <= x < L_i+1``, with ``t = (x - L_i) / (L_i+1 - L_i)``, and for the upstream ``g``, the gradients are
 
     to x: g                   to L_i: g ([t < 1/2] - (1 - t))              to L_i+1: g ([t >= 1/2] - t)
 
@@ -14,20 +14,24 @@ Gaps are learned as factors of their start, and zero stays a level.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from postquant.calib.activation_levels import quantizer_with_levels
-from postquant.calib.learn.pieces import pieces
+from postquant.calib.learn.pieces import PIECE
 from postquant.calib.learn.quantizers import DropMasks
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 Tensor = torch.Tensor
-# Cells between the first and the last level, four per code of 8 bits; one more on each side is for what lies outside.
+# Cells between the first and the last level: four per code of 8 bits, and one per code of the widest channel where
+# there are many; one more on each side is for what lies outside.
 _CELLS = 1020
+_CELLS_PER_CHANNEL = 255
 # A gap stays within this factor of its start.
 _MOST_FACTOR = 4.0
 _LARGEST_CODE = 255
@@ -37,91 +41,178 @@ class LevelQuantize(torch.autograd.Function):
     """Every value's nearest level, with the gradients of the module docstring."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, levels: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, levels: Tensor, mask: Tensor | None, axis: int | None) -> Tensor:
         """Simulates one tensor.
 
         Args:
             ctx: Keeps what the gradient needs.
             x: Any shape, float32.
-            levels: (n,) float32, increasing.
+            levels: (C, n) float32, every row sorted.
             mask: Shape of ``x``, 1 where an element is quantized and 0 where it stays float; all 1 when None.
+            axis: The axis of the C channels, counted from the last one, -1; None where C is 1 and stands for the whole
+                tensor.
         """
-        low, high = float(levels[0]), float(levels[-1])
-        per_unit = _CELLS / max(high - low, 1e-30)
-        simulated, cells = torch.empty_like(x), torch.empty_like(x, dtype=torch.int32)
-        table = _nearest(levels)[0]
-        for values, result, cell in pieces(x, simulated, cells):
-            place = values.sub(low).mul_(per_unit).add_(1.0).clamp_(0.0, _CELLS + 2.0).round_()
-            cell.copy_(place)
-            result.copy_(torch.index_select(table, 0, cell.reshape(-1)).view(cell.shape))
-        ctx.save_for_backward(cells, levels, mask)
-        return simulated if mask is None else torch.lerp(x, simulated, mask)
+        cells = _cells(levels)
+        low, high = levels[:, :1], levels[:, -1:]
+        per_unit = cells / (high - low).clamp_min(1e-30)
+        first = torch.arange(len(levels), device=x.device, dtype=torch.float32)[:, None] * (cells + 3)
+        table = _Cells(levels).nearest.reshape(-1)
+        ctx.layout = _Layout.of(x, axis)
+        values = ctx.layout.split(x)
+        simulated, places = torch.empty_like(values), torch.empty_like(values, dtype=torch.int32)
+        for part, channels in _pieces(values):
+            place = values[part].sub(low[channels]).mul_(per_unit[channels]).add_(1.0)
+            places[part] = place.clamp_(0.0, cells + 2.0).round_().add_(first[channels])
+            index = places[part]
+            simulated[part] = torch.index_select(table, 0, index.reshape(-1)).view(index.shape)
+        result = ctx.layout.join(simulated)
+        ctx.save_for_backward(places, levels, mask)
+        return result if mask is None else torch.lerp(x, result, mask)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """The gradients to ``x`` and ``levels``."""
         (grad,) = grads
-        cells, levels, mask = ctx.saved_tensors
-        to_x = torch.empty_like(grad)
-        inside = torch.ones(_CELLS + 3, device=grad.device)
-        inside[0] = inside[-1] = 0.0
-        sums = torch.zeros(_CELLS + 3, device=grad.device)
-        masks = () if mask is None else (mask,)
-        for g, cell, result, *kept in pieces(grad, cells, to_x, *masks):
-            quantized = g * kept[0] if kept else g
-            index = cell.reshape(-1)
+        places, levels, mask = ctx.saved_tensors
+        upstream = ctx.layout.split(grad)
+        kept = None if mask is None else ctx.layout.split(mask)
+        inside = torch.ones(len(levels), _cells(levels) + 3, device=grad.device)
+        inside[:, 0] = inside[:, -1] = 0.0
+        sums = torch.zeros(inside.numel(), device=grad.device)
+        to_x = torch.empty_like(upstream)
+        for part, _ in _pieces(upstream):
+            g, index = upstream[part], places[part].long()
+            quantized = g if kept is None else g * kept[part]
             if ctx.needs_input_grad[1]:
-                sums += torch.bincount(index, weights=quantized.reshape(-1), minlength=_CELLS + 3)
-            torch.mul(quantized, torch.index_select(inside, 0, index).view(cell.shape), out=result)
-            if kept:
+                sums.scatter_add_(0, index.view(-1), quantized.reshape(-1))
+            result = torch.index_select(inside.view(-1), 0, index.view(-1)).view(g.shape).mul_(quantized)
+            if kept is not None:
                 result.add_(g).sub_(quantized)
-        to_levels = sums @ _nearest(levels)[1] if ctx.needs_input_grad[1] else None
-        return to_x if ctx.needs_input_grad[0] else None, to_levels, None
+            to_x[part] = result
+        to_levels = _Cells(levels).to_levels(sums.view(inside.shape)) if ctx.needs_input_grad[1] else None
+        return ctx.layout.join(to_x) if ctx.needs_input_grad[0] else None, to_levels, None, None
 
 
-# The function itself: (x, levels, mask) -> the simulation.
+# The function itself: (x, levels, mask, axis) -> the simulation.
 level_quantize: Callable[..., Tensor] = LevelQuantize.apply
 
 
-def _nearest(levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every cell its level, and what the levels' gradients get of its gradient, (cells + 3, n)."""
-    count = len(levels)
-    place = torch.linspace(0, 1, _CELLS + 1, device=levels.device) * (levels[-1] - levels[0]) + levels[0]
-    left = (torch.searchsorted(levels, place, right=True) - 1).clamp(0, count - 2)
-    share = ((place - levels[left]) / (levels[left + 1] - levels[left]).clamp_min(1e-30)).clamp(0, 1)
-    nearest = left + (share >= 0.5)
-    rows = torch.arange(_CELLS + 1, device=levels.device)
-    weights = torch.zeros(_CELLS + 1, count, device=levels.device)
-    weights[rows, nearest] += 1.0
-    weights[rows, left] -= 1.0 - share
-    weights[rows, left + 1] -= share
-    ends = torch.zeros(2, count, device=levels.device)
-    ends[0, 0] = ends[1, -1] = 1.0
-    table = torch.cat((levels[:1], levels[nearest], levels[-1:]))
-    return table, torch.cat((ends[:1], weights, ends[1:]))
+def _cells(levels: Tensor) -> int:
+    return _CELLS if len(levels) == 1 else _CELLS_PER_CHANNEL
+
+
+class _Cells:
+    """Between which levels the cells of a grid lie.
+
+    Args:
+        levels: (C, n).
+
+    Attributes:
+        nearest: (C, cells + 3) every cell's nearest level.
+    """
+
+    def __init__(self, levels: Tensor) -> None:
+        self._levels = levels
+        low, high = levels[:, :1], levels[:, -1:]
+        count = _cells(levels)
+        place = torch.linspace(0, 1, count + 1, device=levels.device) * (high - low) + low
+        # Every level's first cell; how many levels begin up to a cell tells the one below it.
+        first = ((levels - low) * (count / (high - low).clamp_min(1e-30))).ceil_().clamp_(0, count).long()
+        begun = torch.zeros(place.shape, dtype=torch.int64, device=levels.device)
+        begun.scatter_add_(1, first, torch.ones_like(first))
+        self._left = begun.cumsum(1).sub_(1).clamp_(0, levels.shape[1] - 2)
+        below, above = (torch.gather(levels, 1, index) for index in (self._left, self._left + 1))
+        self._share = ((place - below) / (above - below).clamp_min(1e-30)).clamp_(0, 1)
+        self._upper = self._share >= 0.5
+        self.nearest = torch.cat((low, torch.where(self._upper, above, below), high), dim=1)
+
+    def to_levels(self, sums: Tensor) -> Tensor:
+        """The levels' gradients, (C, n), from the sums of their values' gradients in every cell, (C, cells + 3)."""
+        found = torch.zeros_like(self._levels)
+        found[:, 0], found[:, -1] = sums[:, 0], sums[:, -1]
+        middle = sums[:, 1:-1]
+        to_upper = middle * (self._upper.to(middle.dtype) - self._share)
+        # What goes to both levels adds up to nothing: the simulation follows x between them.
+        found.scatter_add_(1, self._left + 1, to_upper)
+        return found.scatter_add_(1, self._left, -to_upper)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How a tensor's elements lie as (outer, C, inner).
+
+    Attributes:
+        shape: That of the tensor.
+        axis: The channels' axis, or None for one channel.
+        last: Whether they come last in memory, behind two axes of positions.
+    """
+
+    shape: torch.Size
+    axis: int | None
+    last: bool
+
+    @classmethod
+    def of(cls, x: Tensor, axis: int | None) -> _Layout:
+        last = axis == -3 and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        return cls(x.shape, axis, last and not x.is_contiguous())
+
+    def split(self, x: Tensor) -> Tensor:
+        """A tensor of that shape as (outer, C, inner), copied where its memory has another order."""
+        if self.last:
+            return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, self.shape[-3], 1)
+        if self.axis is None:
+            return x.reshape(1, 1, -1)
+        return x.reshape(math.prod(self.shape[: self.axis]), self.shape[self.axis], -1)
+
+    def join(self, values: Tensor) -> Tensor:
+        """The inverse."""
+        if not self.last:
+            return values.view(self.shape)
+        batch, channels, height, width = self.shape
+        return values.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _pieces(values: Tensor) -> Iterator[tuple[tuple[slice, slice, slice], slice]]:
+    """Parts of (outer, C, inner) that stay in the cache, each with its channels; the whole on other devices."""
+    outer, channels, inner = values.shape
+    if values.device.type != "cpu":
+        outer_step, channel_step, inner_step = outer, channels, inner
+    else:
+        inner_step = min(inner, PIECE)
+        channel_step = min(channels, max(PIECE // max(inner_step, 1), 1))
+        outer_step = max(PIECE // max(inner_step * channel_step, 1), 1) if channel_step == channels else 1
+    for i in range(0, outer, max(outer_step, 1)):
+        for j in range(0, channels, max(channel_step, 1)):
+            for k in range(0, inner, max(inner_step, 1)):
+                some = slice(j, j + channel_step)
+                yield (slice(i, i + outer_step), some, slice(k, k + inner_step)), some
 
 
 class _Gaps:
     """The learned gaps between levels, with what others ask of a step.
 
     Args:
-        gaps: (n - 1,) float32, >= 0.
+        levels: (C, n) float32, every row sorted and with a zero.
 
     Attributes:
-        factor: The leaf that the optimizer sees; 1 at the start.
+        factor: The leaf that the optimizer sees, (C, n - 1); 1 at the start.
     """
 
-    def __init__(self, gaps: Tensor) -> None:
-        self._start = gaps
-        self.factor = torch.ones_like(gaps, requires_grad=True)
+    def __init__(self, levels: Tensor) -> None:
+        self._start = levels.diff(dim=1)
+        self._zero = levels.abs().argmin(dim=1, keepdim=True)
+        self.factor = torch.ones_like(self._start, requires_grad=True)
 
-    def gaps(self) -> Tensor:
-        """(n - 1,), differentiable."""
-        return self._start * self.factor.clamp(1 / _MOST_FACTOR, _MOST_FACTOR)
+    def levels(self) -> Tensor:
+        """(C, n), differentiable; every row is sorted and has a zero."""
+        gaps = self._start * self.factor.clamp(1 / _MOST_FACTOR, _MOST_FACTOR)
+        above = torch.cat((torch.zeros_like(gaps[:, :1]), gaps.cumsum(1)), dim=1)
+        return above - torch.gather(above, 1, self._zero)
 
     def value(self) -> Tensor:
         """The scale of the codes of 8 bits that the levels are among, ()."""
-        return self.gaps().sum() / _LARGEST_CODE
+        levels = self.levels()
+        return (levels.max() - levels.min()) / _LARGEST_CODE
 
 
 class LevelsActivation:
@@ -138,9 +229,8 @@ class LevelsActivation:
     def __init__(self, quantizer: TensorQuantizer, device: torch.device) -> None:
         assert quantizer.table is not None
         self._quantizer = quantizer
-        levels = quantizer.dequantize(quantizer.table)
-        self._zero = int(np.abs(levels).argmin())
-        self.scale = _Gaps(torch.as_tensor(np.diff(levels), device=device))
+        levels = np.atleast_2d(quantizer.dequantize(quantizer.table))
+        self.scale = _Gaps(torch.as_tensor(levels, device=device))
 
     def advance(self, share: float) -> None:
         """Told the share of the iterations that are done: nothing changes."""
@@ -150,16 +240,13 @@ class LevelsActivation:
         """Runs change nothing."""
         return True
 
-    def levels(self) -> Tensor:
-        """(n,) float32, increasing, differentiable; zero is among them."""
-        above = torch.cat((torch.zeros(1, device=self.scale.factor.device), self.scale.gaps().cumsum(0)))
-        return above - above[self._zero]
-
     def simulate(self, x: Tensor, masks: DropMasks | None) -> Tensor:
         """``x`` behind the quantizer; where ``masks`` drops, it stays float."""
-        return level_quantize(x, self.levels(), None if masks is None else masks.like(x))
+        mask = None if masks is None else masks.like(x)
+        return level_quantize(x, self.scale.levels(), mask, self._quantizer.table_axis)
 
     def learned(self) -> TensorQuantizer:
         """The quantizer with the learned levels."""
-        levels = self.levels().detach().cpu().numpy().astype(np.float64)
-        return quantizer_with_levels(self._quantizer.spec, levels)
+        levels = self.scale.levels().detach().cpu().numpy().astype(np.float64)
+        axis = self._quantizer.table_axis
+        return quantizer_with_levels(self._quantizer.spec, levels[0] if axis is None else levels, axis)

@@ -15,7 +15,7 @@ from postquant.calib.activation_levels import quantizer_with_levels
 from postquant.passes.biases import fit_biases
 from postquant.passes.emit import emit
 from postquant.passes.level_plan import level_sites, with_levels
-from postquant.passes.lookup_nodes import is_lookup, lookup_dequantize, lookup_table
+from postquant.passes.lookup_nodes import is_lookup, lookup_constants, lookup_dequantize
 from postquant.passes.plan import QuantPlan
 from postquant.passes.qdq import Builder
 from postquant.passes.session import make_session
@@ -44,14 +44,12 @@ g (float[N,3,8,8] x) => (float[N,2] y)
 
 
 class GatherElements(OpRun):
-    """The operator for one axis; that of onnx's evaluator knows no more than 64 elements."""
+    """The operator by its definition; that of onnx's evaluator knows no more than 64 elements."""
 
     op_domain = ""
 
     def _run(self, data: Any, indices: Any, axis: int) -> tuple[Any]:
-        assert data.ndim == indices.ndim == 1
-        assert axis == 0
-        return (data[indices],)
+        return (np.take_along_axis(data, indices, axis),)
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +64,16 @@ def quantized(bench: Any) -> tuple[ir.Model, QuantPlan, list[dict[str, Any]]]:
     return model, bench.calibrate(model, bench.place(model, abits=4, first_last_bits=8), feeds), feeds
 
 
-def booked(model: ir.Model, plan: QuantPlan) -> QuantPlan:
-    """Every place with levels that grow by squares, as far as the codes did."""
+def booked(model: ir.Model, plan: QuantPlan, *, channels: bool) -> QuantPlan:
+    """Every place with levels that grow by squares, as far as the codes did, or as channels differ."""
     for site in level_sites(model, plan)[0]:
         low, high = (float(end) for end in site.quantizer.range())
         below, above = low * (np.arange(3, 0, -1) / 3) ** 2, high * (np.arange(1, 13) / 12) ** 2
         levels = np.sort(np.concatenate([[0.0], below, above]))
-        plan = with_levels(plan, site, quantizer_with_levels(site.quantizer.spec, levels))
+        if channels:
+            levels = levels * np.linspace(0.3, 1.0, site.channels)[:, None]
+        axis = site.axis if channels else None
+        plan = with_levels(plan, site, quantizer_with_levels(site.quantizer.spec, levels, axis))
     return fit_biases(model, plan)
 
 
@@ -84,8 +85,9 @@ def test_places(quantized: tuple[ir.Model, QuantPlan, Any]) -> None:
         "c1": ["left:0", "right:0"],
         "behind:0": ["behind:0"],  # narrows the sum, which has 8 bits
     }
+    assert {(site.value, site.axis, site.channels) for site in sites} == {("m", -3, 6), ("c1", -3, 5), ("s", -3, 4)}
     assert not refused
-    after = booked(model, plan)
+    after = booked(model, plan, channels=True)
     for name in ("r", "c1"):
         stored = after.activation_quantizer(name)
         assert stored is not None
@@ -111,10 +113,36 @@ def test_places_that_cannot_have_one(quantized: tuple[ir.Model, QuantPlan, Any],
     assert reason in refused["c1"]
 
 
-def test_nodes_compute_the_law(quantized: tuple[ir.Model, QuantPlan, list[dict[str, Any]]]) -> None:
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("[a] y = Conv (r, w)", ("r", -3, 6)),
+        ("[p] m = MaxPool <kernel_shape = [2, 2]> (r) [a] y = Conv (m, w)", ("m", -3, 6)),
+        # What layers read through a pass-through node and without it has not the same places.
+        ("[p] m = MaxPool <kernel_shape = [2, 2]> (r) [a] d = Conv (m, w) [b] y = Conv (r, w)", ("r", None, 1)),
+        ("[f] m = Flatten (r) [a] y = Gemm (m, v)", ("m", -1, 96)),
+        ("[f] m = Flatten <axis = 2> (r) [a] y = Gemm <transA = 1> (m, u)", ("m", None, 1)),
+        ("[t] m = Transpose <perm = [0, 2, 3, 1]> (r) [a] y = MatMul (m, t)", ("m", -1, 6)),
+    ],
+)
+def test_channels_are_those_of_what_layers_read(bench: Any, text: str, read: tuple[Any, ...]) -> None:
+    source = """<ir_version: 8, opset_import: ["" : 21]> g (float[1,3,4,4] x) => (float y)
+    { [first] a = Conv (x, w0) [relu] r = Relu (a) BODY [last] z = Relu (y) }""".replace("BODY", text)
+    rng = np.random.default_rng(0)
+    shapes = {"w0": (6, 3, 1, 1), "w": (2, 6, 1, 1), "v": (96, 2), "u": (6, 2), "t": (6, 2)}
+    arrays = {n: rng.standard_normal(shape).astype(np.float32) for n, shape in shapes.items() if f", {n})" in source}
+    model = bench.model(source.replace("(float y)", "(float z)"), **arrays)
+    feeds = bench.feeds(rng, 2, (1, 3, 4, 4))
+    plan = bench.calibrate(model, bench.place(model, abits=4, first_last_bits=4), feeds)
+    sites = [site for site in level_sites(model, plan)[0] if site.tensor == "r"]
+    assert [(site.value, site.axis, site.channels) for site in sites] == [read]
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_nodes_compute_the_law(quantized: tuple[ir.Model, QuantPlan, list[dict[str, Any]]], *, channels: bool) -> None:
     """Codes behind every lookup, on onnxruntime: the law of the quantizer, of what the stored codes stand for."""
     model, plan, feeds = quantized
-    plan = booked(model, plan)
+    plan = booked(model, plan, channels=channels)
     emitted = emit(model, plan)
     lookups = sorted(node.name or "" for node in emitted.graph if is_lookup(node))
     assert lookups == ["behind_input0_quantized", "left_input0_quantized", "one_input0_quantized"]
@@ -130,17 +158,18 @@ def test_nodes_compute_the_law(quantized: tuple[ir.Model, QuantPlan, list[dict[s
             levels = got[f"{layer}_input0_quantized"]
             np.testing.assert_array_equal(levels, quantizer.quantize(wide.dequantize(got[codes])))
             assert quantizer.table is not None
-            assert set(np.unique(levels)) <= set(quantizer.table.tolist())
+            assert set(np.unique(levels)) <= set(quantizer.table.ravel().tolist())
     # Nothing reads the stored codes but the lookups.
     assert not {"c1_dequantized", "m_dequantized"} & {node.name for node in emitted.graph}
     assert "r_dequantized" in {node.name for node in emitted.graph}
 
 
+@pytest.mark.parametrize("channels", [False, True])
 def test_onnxruntime_and_the_reference_agree_and_layers_stay_integer(
-    quantized: tuple[ir.Model, QuantPlan, list[dict[str, Any]]], tmp_path: Any
+    quantized: tuple[ir.Model, QuantPlan, list[dict[str, Any]]], tmp_path: Any, *, channels: bool
 ) -> None:
     model, plan, feeds = quantized
-    proto = ir.to_proto(emit(model, booked(model, plan)))
+    proto = ir.to_proto(emit(model, booked(model, plan, channels=channels)))
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -151,6 +180,9 @@ def test_onnxruntime_and_the_reference_agree_and_layers_stay_integer(
     kinds = [node.op_type for node in ir.load(tmp_path / "optimized.onnx").graph]
     assert kinds.count("QLinearConv") == 5
     assert "Conv" not in kinds
+    # Tables of channels are computed once, when the model is loaded.
+    assert not {"MatMulInteger", "LessOrEqual", "ReduceSum"} & set(kinds)
+    assert kinds.count("GatherElements") == 3
 
 
 def test_the_table_holds_the_law_for_every_code() -> None:
@@ -158,7 +190,7 @@ def test_the_table_holds_the_law_for_every_code() -> None:
     stored = Affine(np.array(0.02, np.float32), np.array(60, np.int32), np.dtype(np.uint8))
     real = (np.arange(256) - 60) * 0.02
     levels = quantizer.dequantize(quantizer.quantize(real.astype(np.float32)))
-    found = quantizer.dequantize(lookup_table(quantizer, stored))
+    found = quantizer.dequantize(lookup_constants(quantizer, stored)["levels"])
     np.testing.assert_array_equal(found, levels)
     assert np.abs(levels - real).max() == pytest.approx(1.25, abs=0.03)
 

@@ -89,14 +89,18 @@ def test_receivers_check_it(result: tuple[Any, pathlib.Path]) -> None:
     recovered = recover_float_model(emitted, plan)
     assert not list(differences(recovered, emit(recovered, plan), plan))
     # One other level in the file is found, and so is a table that is none of the plan's.
-    table = next(lookup for node in emitted.graph if (lookup := lookup_of(node)) is not None).table
-    assert table.const_value is not None
-    wrong = table.const_value.numpy().copy()
-    wrong[-1] -= 1
-    table.const_value = ir.Tensor(wrong, name=table.name)
-    found = [difference.what for difference in differences(recovered, emitted, plan)]
-    assert found
-    assert set(found) == {"the table of its levels differs from the plan's"}
+    lookup = next(lookup for node in emitted.graph if (lookup := lookup_of(node)) is not None)
+    assert len(lookup.constants) == 6  # every channel has levels of its own
+    for constant in lookup.constants:
+        assert constant.const_value is not None
+        right = constant.const_value
+        wrong = right.numpy().copy()
+        wrong.reshape(-1)[-1] -= 1
+        constant.const_value = ir.Tensor(wrong, name=constant.name)
+        found = [difference.what for difference in differences(recovered, emitted, plan)]
+        assert found
+        assert set(found) == {"the table of its levels differs from the plan's"}
+        constant.const_value = right
     key = next(key for key, entry in plan.requants.items() if getattr(entry, "table", None) is not None)
     stored = next(iter(plan.activations.values()))
     changed = plan.with_requant(key, stored)
@@ -148,7 +152,7 @@ def test_an_interrupted_run_goes_on(digits: Any, tmp_path: pathlib.Path, monkeyp
         with pytest.raises(KeyboardInterrupt):
             quantize(digits.model, feeds, CONFIG, out=tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(activation_books, "collect", stop)
+        patch.setattr(activation_books, "with_code_books", stop)
         resumed = quantize(digits.model, feeds, CONFIG, out=tmp_path / "out")
     whole = quantize(digits.model, feeds, CONFIG, out=tmp_path / "whole")
     names = [stage.name for stage in resumed.report.stages]
@@ -216,7 +220,7 @@ def test_rare_values_take_no_level(digits: Any, tmp_path: pathlib.Path, monkeypa
     sites, _ = level_sites(model, plan)
     spikes = [*feeds, {"image": 30 * feeds[0]["image"]}]
     limited = with_code_books(model, plan, sites, open_calibration(spikes, model, CONFIG))
-    monkeypatch.setattr(activation_books, "_WIDER", 1e6)
+    monkeypatch.setattr(activation_books, "_WIDER", 20.0)
     unlimited = with_code_books(model, plan, sites, open_calibration(spikes, model, CONFIG))
     for site in sites:
         low, high = (2.0 * float(end) for end in site.quantizer.range())

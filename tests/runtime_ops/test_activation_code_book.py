@@ -54,6 +54,24 @@ def test_a_level_stays_and_a_middle_goes_up() -> None:
     assert nearest_codes(table)[103] == 8
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((2, 3, 4, 5), -3), ((7, 3), -1), ((2, 3, 4), -2), ((2, 4, 5, 3), -1)])
+def test_channels_with_levels_of_their_own(shape: tuple[int, ...], axis: int) -> None:
+    rng = np.random.default_rng(0)
+    tables = np.sort(rng.integers(0, 256, (3, 4)), axis=1).astype(np.uint8)
+    entry = TensorQuantizer(SPEC, np.array(0.1, np.float32), np.array(100, np.int32), table=tables, table_axis=axis)
+    x = rng.uniform(-12, 18, shape).astype(np.float32)
+    for channel, table in enumerate(tables):
+        alone = quantizer(table.tolist(), 0.1, 100)
+        part = np.take(x, [channel], axis)
+        np.testing.assert_array_equal(np.take(entry.quantize(x), [channel], axis), alone.quantize(part))
+        np.testing.assert_array_equal(np.take(entry.simulate(x), [channel], axis), alone.simulate(part))
+    assert [float(end) for end in entry.range()] == [
+        pytest.approx((int(code) - 100) * 0.1) for code in (tables.min(), tables.max())
+    ]
+    with pytest.raises(ValueError, match="no 3 channels on axis"):
+        entry.quantize(np.zeros((4, 2, 2, 2), np.float32))
+
+
 def test_the_range_ends_at_the_levels() -> None:
     low, high = quantizer([3, 10, 20, 99], 0.5, 10).range()
     assert (float(low), float(high)) == (-3.5, 44.5)
@@ -68,6 +86,17 @@ def test_a_plan_keeps_the_levels(tmp_path: pathlib.Path) -> None:
     assert entry.table is not None
     assert entry.table.dtype == np.uint8
     assert entry.table.tolist() == [1, 2, 3, 4]
+    assert entry.table_axis is None
+
+
+def test_a_plan_keeps_the_levels_of_channels(tmp_path: pathlib.Path) -> None:
+    tables = np.array([[1, 2, 3, 4], [0, 2, 2, 9]], np.uint8)
+    entry = TensorQuantizer(SPEC, np.array(0.1, np.float32), np.array(2, np.int32), table=tables, table_axis=-2)
+    QuantPlan("onnxruntime", requants={"n:0": entry}).save(tmp_path / "plan")
+    found = QuantPlan.load(tmp_path / "plan").requants["n:0"]
+    assert isinstance(found, TensorQuantizer)
+    np.testing.assert_array_equal(found.table, tables)
+    assert found.table_axis == -2
 
 
 @pytest.mark.parametrize(
@@ -92,3 +121,8 @@ def test_tables_that_do_not_exist() -> None:
             TensorQuantizer(SPEC, np.ones((), np.float32), np.zeros((), np.int32), table=table)
     with pytest.raises(ValueError, match="sorted"):
         quantizer([0, 3, 2, 9])
+    for axis, message in ((1, "negative"), (-1, "4 uint8 levels per channel")):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(quantizer([0, 1, 2, 3]), table_axis=axis)
+    with pytest.raises(ValueError, match="rows for channels"):
+        dataclasses.replace(TensorQuantizer.from_range(QuantSpec(4, False, False), 0.0, 1.0), table_axis=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from postquant.calib.activation_levels import quantizer_with_levels
@@ -43,7 +44,7 @@ def test_equal_gaps_have_the_gradients_of_a_step() -> None:
     x, y = (torch.from_numpy(values.copy()).requires_grad_() for _ in range(2))
     scale = torch.tensor(0.5, requires_grad=True)
     levels = (torch.arange(16) * 0.5).requires_grad_()
-    even, found = fake_quantize(x, scale, 0.0, 15.0, None), level_quantize(y, levels, None)
+    even, found = fake_quantize(x, scale, 0.0, 15.0, None), level_quantize(y, levels[None], None, None)
     torch.testing.assert_close(found, even)
     for result in (even, found):
         torch.autograd.backward((result * grad).sum())
@@ -61,7 +62,7 @@ def test_equal_gaps_have_the_gradients_of_a_step() -> None:
 def test_gradients_to_single_levels_are_those_of_the_formula() -> None:
     levels = torch.tensor([0.0, 1.0, 4.0], requires_grad=True)
     x = torch.tensor([-1.0, 0.3, 3.1, 9.0], requires_grad=True)
-    torch.autograd.backward((level_quantize(x, levels, None) * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum())
+    torch.autograd.backward((level_quantize(x, levels[None], None, None) * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum())
     # -1: the first level. 0.3: t = 0.3 below. 3.1: t = 0.7, above. 9: the last level.
     expected = [1 + 2 * (1 - 0.7), 2 * (0 - 0.3) + 3 * (0 - 0.3), 3 * (1 - 0.7) + 4]
     assert levels.grad is not None
@@ -70,10 +71,76 @@ def test_gradients_to_single_levels_are_those_of_the_formula() -> None:
     assert x.grad.tolist() == [0.0, 2.0, 3.0, 0.0]
 
 
+def by_definition(x: torch.Tensor, levels: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The simulation of one channel and both gradients, value by value."""
+    left = (x[:, None] >= levels).sum(1).sub(1).clamp(0, len(levels) - 2)
+    t = (x - levels[left]) / (levels[left + 1] - levels[left])
+    upper = (t >= 0.5).float()
+    inside = (t > 0) & (t < 1)
+    result = torch.where(upper > 0, levels[left + 1], levels[left])
+    to_levels = torch.zeros_like(levels)
+    share = torch.where(inside, t, upper)
+    to_levels.index_add_(0, left, grad * ((1 - upper) - (1 - share) * inside))
+    to_levels.index_add_(0, left + 1, grad * (upper - share * inside))
+    return result, grad * inside, to_levels
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((2, 3, 5, 400), -3), ((3, 3, 300, 400), -3), ((200, 3), -1), ((4, 50, 3), -1), ((2, 70, 2, 3), -3)],
+)
+def test_channels_are_each_like_a_tensor(shape: tuple[int, ...], axis: int, *, masked: bool) -> None:
+    channels = shape[axis]
+    gaps = torch.from_numpy(RNG.uniform(0.2, 1.0, (channels, 6)).astype(np.float32))
+    levels = torch.cat((torch.zeros(channels, 1), gaps.cumsum(1)), 1) * torch.linspace(0.1, 2, channels)[:, None]
+    levels -= levels[:, 2:3].clone()
+    x = torch.from_numpy(RNG.uniform(-1.0, 4.0, shape).astype(np.float32))
+    grad = torch.from_numpy(RNG.standard_normal(shape).astype(np.float32))
+    mask = torch.from_numpy(RNG.integers(0, 2, shape).astype(np.float32)) if masked else None
+    ours, our_levels = x.clone().requires_grad_(), levels.clone().requires_grad_()
+    result = level_quantize(ours, our_levels, mask, axis)
+    torch.autograd.backward(result, grad)
+    assert ours.grad is not None
+    assert our_levels.grad is not None
+    compared = 0
+    for channel in range(channels):
+        kept = torch.ones(()) if mask is None else mask.select(axis, channel).reshape(-1)
+        values, upstream = (part.select(axis, channel).reshape(-1) for part in (x, grad))
+        expected, to_x, to_levels = by_definition(values, levels[channel], upstream * kept)
+        expected, to_x = torch.lerp(values, expected, kept), to_x + upstream * (1 - kept)
+        # A value beside a middle or an end may be on the other side: a channel's span has 255 cells.
+        width = float(levels[channel, -1] - levels[channel, 0]) / 255
+        edges = torch.cat(((levels[channel, 1:] + levels[channel, :-1]) / 2, levels[channel, [0, -1]]))
+        clear = (values[:, None] - edges).abs().amin(1) > width
+        got, got_x = (part.detach().select(axis, channel).reshape(-1) for part in (result, ours.grad))
+        torch.testing.assert_close(got[clear], expected[clear])
+        torch.testing.assert_close(got_x[clear], to_x[clear])
+        compared += int(clear.sum())
+        beside = float((upstream * kept)[~clear].abs().sum())
+        rounded = 3 * width / float(levels[channel].diff().min()) * len(values) ** 0.5
+        torch.testing.assert_close(our_levels.grad[channel], to_levels, rtol=0, atol=beside + rounded)
+    assert compared > 0.85 * x.numel()
+
+
+def test_the_order_in_memory_does_not_matter() -> None:
+    levels = torch.tensor([[0.0, 1.0, 4.0], [-1.0, 0.0, 0.5]])
+    x = torch.from_numpy(RNG.uniform(-2, 5, (3, 2, 7, 5)).astype(np.float32))
+    mask = torch.from_numpy(RNG.integers(0, 2, x.shape).astype(np.float32))
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        ours, our_levels = x.clone(memory_format=layout).requires_grad_(), levels.clone().requires_grad_()
+        result = level_quantize(ours, our_levels, mask, -3)
+        torch.autograd.backward(result, x)
+        found.append((result.detach(), ours.grad, our_levels.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_what_the_mask_leaves_out_stays_float_and_has_its_whole_gradient() -> None:
     levels = torch.tensor([0.0, 1.0, 4.0], requires_grad=True)
     x = torch.tensor([0.3, 0.3, 9.0, 9.0], requires_grad=True)
-    result = level_quantize(x, levels, torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    result = level_quantize(x, levels[None], torch.tensor([1.0, 0.0, 1.0, 0.0]), None)
     torch.autograd.backward(result.sum())
     assert x.grad is not None
     np.testing.assert_allclose(result.detach().numpy(), [0.0, 0.3, 4.0, 9.0], rtol=1e-6)
@@ -99,14 +166,16 @@ def test_learning_moves_levels_and_keeps_zero() -> None:
     assert after.table is not None
     assert int(after.zero_point) in after.table.tolist()
     np.testing.assert_allclose(
-        after.dequantize(after.table), step.levels().detach().numpy(), atol=0.6 * float(after.scale)
+        after.dequantize(after.table), step.scale.levels()[0].detach().numpy(), atol=0.6 * float(after.scale)
     )
     np.testing.assert_allclose(float(step.scale.value().detach()), float(after.scale), rtol=1e-6)
 
 
-def test_nothing_learned_is_what_was_there() -> None:
-    quantizer = entry()
+@pytest.mark.parametrize("channels", [False, True])
+def test_nothing_learned_is_what_was_there(*, channels: bool) -> None:
+    quantizer = quantizer_with_levels(SPEC, np.outer([0.2, 1.0], LEVELS), -3) if channels else entry()
     learned = LevelsActivation(quantizer, CPU).learned()
     assert learned.spec == quantizer.spec
     np.testing.assert_array_equal(learned.table, quantizer.table)
+    assert learned.table_axis == quantizer.table_axis
     np.testing.assert_allclose(learned.scale, quantizer.scale, rtol=1e-6)

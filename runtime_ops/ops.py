@@ -16,6 +16,7 @@ from onnx.reference.op_run import OpRun
 from postquant.runtime_ops import (
     function_adaptive,
     function_border,
+    function_levels,
     function_lut,
     reference_ops,
     schema_lut,
@@ -88,6 +89,13 @@ OPERATORS: tuple[Operator, ...] = (
         schema_quantize.border_quantize,
         reference_ops.BorderQuantize,
         function_border.border_quantize,
+    ),
+    Operator(
+        "LutRequantize",
+        1,
+        schema_quantize.lut_requantize,
+        reference_ops.LutRequantize,
+        function_levels.lut_requantize,
     ),
 )
 

@@ -10,6 +10,7 @@ from onnx.reference.op_run import OpRun
 from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.law_adaptive import AdaptiveStep, Feature, adaptive_quantize, adaptive_requantize
 from postquant.runtime_ops.law_border import Border, border_quantize
+from postquant.runtime_ops.law_levels import lut_requantize
 from postquant.runtime_ops.law_lut import (
     LutWeight,
     lut_matmul_integer_to_float,
@@ -189,3 +190,21 @@ class BorderQuantize(OpRun):
                 found=str(channels),
             )
         return (border_quantize(x, settings),)
+
+
+class LutRequantize(OpRun):
+    """See :func:`postquant.runtime_ops.law_levels.lut_requantize`."""
+
+    op_domain = DOMAIN
+
+    def _run(
+        self,
+        x: Array,
+        x_scale: Array,
+        x_zero_point: Array,
+        scale: Array,
+        zero_point: Array,
+        table: Array,
+        axis: int,
+    ) -> tuple[Array]:
+        return (lut_requantize(x, x_scale, x_zero_point, scale, zero_point, table, axis),)

@@ -1,4 +1,4 @@
-"""ONNX schemas of AdaptiveQuantize, AdaptiveRequantize and BorderQuantize."""
+"""ONNX schemas of AdaptiveQuantize, AdaptiveRequantize, BorderQuantize and LutRequantize."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from onnx import TensorProto
 from onnx.defs import OpSchema
 from onnx.shape_inference import InferenceContext, InferenceError
 
+from postquant.runtime_ops.law_levels import FIRST_AXIS
 from postquant.runtime_ops.schema import dims_of, ints_of, make_schema, set_output
 
 _FLOAT = "tensor(float)"
@@ -91,6 +92,26 @@ def border_quantize() -> OpSchema:
     )
 
 
+def lut_requantize() -> OpSchema:
+    """The schema of LutRequantize."""
+    return make_schema(
+        "LutRequantize",
+        "Quantizes codes again, to the nearest one of the few levels of all channels or of each.",
+        inputs=[
+            ("x", _UINT8, "One dimension or more."),
+            ("x_scale", _FLOAT, "Scalar, > 0."),
+            ("x_zero_point", _UINT8, "Scalar."),
+            ("scale", _FLOAT, "Scalar, > 0: the step of the levels."),
+            ("zero_point", _UINT8, "Scalar: the level of 0."),
+            ("table", _UINT8, "(C, n): sorted levels of each channel, 2 to 16; C of 1: of all."),
+        ],
+        outputs=[("y", _UINT8, "The shape of x.")],
+        attributes=[("axis", OpSchema.AttrType.INT, "The channels' axis, counted from the last one: -8 to -1.")],
+        types={},
+        infer=_infer_levels,
+    )
+
+
 def _infer_adaptive(context: InferenceContext) -> None:
     _check_range(context)
     dims = dims_of(context, 0)
@@ -105,6 +126,23 @@ def _infer_border(context: InferenceContext) -> None:
     dims, channels = dims_of(context, 0), ints_of(context, "channels")[0]
     if dims is not None and (len(dims) not in (2, 3, 4) or (isinstance(dims[1], int) and dims[1] != channels)):
         raise InferenceError(f"BorderQuantize of {channels} channels does not read shape {dims}")
+    set_output(context, 0, TensorProto.UINT8, dims)
+
+
+def _infer_levels(context: InferenceContext) -> None:
+    dims, table, axis = dims_of(context, 0), dims_of(context, 5), ints_of(context, "axis")[0]
+    if not FIRST_AXIS <= axis <= -1:
+        raise InferenceError(f"axis {axis} is not counted from the last one: {FIRST_AXIS} to -1")
+    if table is not None and len(table) != 2:
+        raise InferenceError(f"a table of levels has channels and levels, not the shape {table}")
+    channels = None if table is None else table[0]
+    if dims is not None:
+        if not dims:
+            raise InferenceError("LutRequantize reads one dimension or more")
+        if isinstance(channels, int) and channels > 1:
+            found = dims[axis] if -axis <= len(dims) else 0
+            if isinstance(found, int) and found != channels:
+                raise InferenceError(f"levels of {channels} channels on axis {axis} do not fit shape {dims}")
     set_output(context, 0, TensorProto.UINT8, dims)
 
 

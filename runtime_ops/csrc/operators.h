@@ -20,6 +20,7 @@ void AddLutMatMulIntegerToFloat(const OrtApi* api, OperatorList* list);
 void AddAdaptiveQuantize(const OrtApi* api, OperatorList* list);
 void AddAdaptiveRequantize(const OrtApi* api, OperatorList* list);
 void AddBorderQuantize(const OrtApi* api, OperatorList* list);
+void AddLutRequantize(const OrtApi* api, OperatorList* list);
 
 }  // namespace postquant
 

@@ -5,13 +5,14 @@
 #include "adaptive_body.h"
 #include "border_across_body.h"
 #include "border_body.h"
+#include "levels_body.h"
 #include "quantize_kernels.h"
 
 namespace postquant::quantize {
 namespace {
 
 constexpr Kernels kKernels = {PoolAnyFloat, PoolCodes, Quantize, Requantize, Border, Residual, SpreadRows,
-                              GatherRows,   Window,    Mix,      Combine,    Decide};
+                              GatherRows,   Window,    Mix,      Combine,    Decide, Levels};
 
 }  // namespace
 }  // namespace postquant::quantize

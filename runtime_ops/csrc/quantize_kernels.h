@@ -1,4 +1,5 @@
-// Element-wise parts of AdaptiveQuantize, AdaptiveRequantize and BorderQuantize, compiled per instruction set.
+// Element-wise parts of AdaptiveQuantize, AdaptiveRequantize, BorderQuantize and LutRequantize, compiled per
+// instruction set.
 //
 // Nothing here throws, allocates, makes threads or knows onnxruntime. Every set gives the same bits, except the order
 // in which `pool_float` adds up float64 numbers.
@@ -45,6 +46,18 @@ constexpr std::size_t kPadding = 32;
 // Rows of weights across channels are filled up with zeros to this length.
 constexpr std::size_t Even(std::size_t count) { return (count + 1) / 2 * 2; }
 
+// Levels of one channel of LutRequantize: level[code], which never falls, and the same as steps up from level[0].
+constexpr std::size_t kMostSteps = 15;
+struct LevelMap {
+  std::uint8_t level[256];
+  std::uint8_t steps;
+  std::int8_t below[kMostSteps];  // the last code before a step, minus 128; 127 behind the last step
+  std::uint8_t rise[kMostSteps];  // 0 behind the last step
+};
+
+// A plane of fewer elements than this gains nothing from `levels`: look up each.
+constexpr std::size_t kLevelBlock = 16;
+
 struct Kernels {
   // Adaptive*. `squares` and `largest` are computed if asked for.
   void (*pool_float)(const float* x, std::size_t count, bool squares, bool largest, Moments* out);
@@ -78,6 +91,9 @@ struct Kernels {
                   std::size_t count, float* sums);
   void (*decide)(const float* ratio, std::size_t count, const CodeRange& range, const ChannelBorder& border,
                  const Neighbours& neighbours, std::uint8_t* y);
+
+  // LutRequantize: y = map.level[x].
+  void (*levels)(const std::uint8_t* x, std::size_t count, const LevelMap& map, std::uint8_t* y);
 };
 
 const Kernels& BaselineKernels();

@@ -43,6 +43,7 @@ OperatorList MakeOperators(const OrtApi* api) {
   postquant::AddAdaptiveQuantize(api, &list);
   postquant::AddAdaptiveRequantize(api, &list);
   postquant::AddBorderQuantize(api, &list);
+  postquant::AddLutRequantize(api, &list);
   return list;
 }
 

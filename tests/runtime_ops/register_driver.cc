@@ -88,6 +88,7 @@ void AddLutMatMulIntegerToFloat(const OrtApi*, OperatorList*) {}
 void AddAdaptiveQuantize(const OrtApi*, OperatorList*) {}
 void AddAdaptiveRequantize(const OrtApi*, OperatorList*) {}
 void AddBorderQuantize(const OrtApi*, OperatorList*) {}
+void AddLutRequantize(const OrtApi*, OperatorList*) {}
 
 }  // namespace postquant
 

@@ -3,34 +3,51 @@
 #define POSTQUANT_CSRC_LEVELS_BODY_H_
 
 #include "quantize_kernels.h"
+#include "quantize_lanes.h"
 
 namespace postquant::quantize {
 namespace {
 
-// Comparing bytes as signed numbers and adding what a level grows by is one instruction less per step than choosing
-// among unsigned ones. All steps of an element are unrolled, so that compilers vectorise the loop over elements, whose
-// length they have to know: bytes leave the rest of a vector, up to 63 elements, to a loop without.
-template <std::size_t kSteps, std::size_t kCount>
-void StepBlock(const std::uint8_t* __restrict x, const LevelMap& map, std::uint8_t* __restrict y) {
-  for (std::size_t i = 0; i < kCount; ++i) {
-    const auto code = static_cast<std::int8_t>(x[i] ^ 0x80);
-    std::uint8_t level = map.level[0];
+// Looking up is faster than more steps than these in registers of 16 bytes, or for few elements.
+constexpr std::size_t kMostShortSteps = 7;
+#if defined(POSTQUANT_LANES)
+constexpr std::size_t kMostLongSteps = kMostSteps;
+#else
+constexpr std::size_t kMostLongSteps = kMostShortSteps;
+#endif
+
+// Compilers vectorise the loop over a block because its length and the number of steps are constants.
+template <std::size_t kSteps, std::size_t kLength>
+inline void CompareBlock(const std::uint8_t* __restrict x, const std::int8_t* below, const std::uint8_t* above,
+                         std::uint8_t lowest, std::uint8_t* __restrict y) {
+  for (std::size_t i = 0; i < kLength; ++i) {
+    const auto code = static_cast<std::int8_t>(x[i] ^ 0x80);  // AVX2 compares signed bytes only
+    std::uint8_t level = lowest;
     for (std::size_t s = 0; s < kSteps; ++s) {
-      level = static_cast<std::uint8_t>(level + (code > map.below[s] ? map.rise[s] : 0));
+      level = code > below[s] ? above[s] : level;
     }
     y[i] = level;
   }
 }
 
 template <std::size_t kSteps>
-void StepBlocks(const std::uint8_t* __restrict x, std::size_t count, const LevelMap& map, std::uint8_t* __restrict y) {
+void LevelsOfSteps(const std::uint8_t* __restrict x, std::size_t count, const LevelMap& map,
+                   std::uint8_t* __restrict y) {
   constexpr std::size_t kLong = 64;
-  std::size_t i = 0;
-  for (; i + kLong <= count; i += kLong) {
-    StepBlock<kSteps, kLong>(x + i, map, y + i);
+  // Copies, which stay in registers: `map` might be what y changes.
+  std::int8_t below[kSteps];
+  std::uint8_t above[kSteps];
+  const std::uint8_t lowest = map.level[0];
+  for (std::size_t s = 0; s < kSteps; ++s) {
+    below[s] = map.below[s];
+    above[s] = map.above[s];
   }
-  for (; i + kLevelBlock <= count; i += kLevelBlock) {
-    StepBlock<kSteps, kLevelBlock>(x + i, map, y + i);
+  std::size_t i = 0;
+  for (; kSteps <= kMostLongSteps && i + kLong <= count; i += kLong) {
+    CompareBlock<kSteps, kLong>(x + i, below, above, lowest, y + i);
+  }
+  for (; kSteps <= kMostShortSteps && i + kFewestPoints <= count; i += kFewestPoints) {
+    CompareBlock<kSteps, kFewestPoints>(x + i, below, above, lowest, y + i);
   }
   for (; i < count; ++i) {
     y[i] = map.level[x[i]];
@@ -39,11 +56,11 @@ void StepBlocks(const std::uint8_t* __restrict x, std::size_t count, const Level
 
 void Levels(const std::uint8_t* __restrict x, std::size_t count, const LevelMap& map, std::uint8_t* __restrict y) {
   if (map.steps <= 3) {
-    StepBlocks<3>(x, count, map, y);
+    LevelsOfSteps<3>(x, count, map, y);
   } else if (map.steps <= 7) {
-    StepBlocks<7>(x, count, map, y);
+    LevelsOfSteps<7>(x, count, map, y);
   } else {
-    StepBlocks<kMostSteps>(x, count, map, y);
+    LevelsOfSteps<kMostSteps>(x, count, map, y);
   }
 }
 

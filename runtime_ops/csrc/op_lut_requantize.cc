@@ -34,13 +34,13 @@ void MakeMap(const std::uint8_t* levels, std::size_t count, const std::uint8_t* 
     map->level[i] = levels[nearest];
     if (i > 0 && map->level[i] != map->level[i - 1]) {
       map->below[steps] = static_cast<std::int8_t>(static_cast<std::int32_t>(i) - 1 - 128);
-      map->rise[steps] = static_cast<std::uint8_t>(map->level[i] - map->level[i - 1]);
+      map->above[steps] = map->level[i];
       ++steps;
     }
   }
   map->steps = static_cast<std::uint8_t>(steps);
   std::fill(map->below + steps, map->below + quantize::kMostSteps, std::int8_t{127});
-  std::fill(map->rise + steps, map->rise + quantize::kMostSteps, std::uint8_t{0});
+  std::fill(map->above + steps, map->above + quantize::kMostSteps, map->level[kCodes - 1]);
 }
 
 class LutRequantize {
@@ -149,11 +149,13 @@ class LutRequantize {
     const auto* const codes = x.As<std::uint8_t>();
     run.ParallelFor((x.count + kTaskElements - 1) / kTaskElements, [&](std::size_t task) noexcept {
       const std::size_t end = std::min(x.count, (task + 1) * kTaskElements);
-      for (std::size_t begin = task * kTaskElements; begin < end;) {
-        const std::size_t plane = begin / points;
-        const std::size_t stop = std::min(end, (plane + 1) * points);
-        const LevelMap& map = maps[plane % channels];
-        if (points < quantize::kLevelBlock) {
+      std::size_t begin = task * kTaskElements;
+      std::size_t plane_end = (begin / points + 1) * points;
+      std::size_t channel = begin / points % channels;
+      for (; begin < end; plane_end += points) {
+        const std::size_t stop = std::min(end, plane_end);
+        const LevelMap& map = maps[channel];
+        if (points < quantize::kFewestPoints) {
           for (; begin < stop; ++begin) {
             y[begin] = map.level[codes[begin]];
           }
@@ -161,6 +163,7 @@ class LutRequantize {
           kernels_.levels(codes + begin, stop - begin, map, y + begin);
           begin = stop;
         }
+        channel = channel + 1 == channels ? 0 : channel + 1;
       }
     });
   }

@@ -52,11 +52,11 @@ struct LevelMap {
   std::uint8_t level[256];
   std::uint8_t steps;
   std::int8_t below[kMostSteps];  // the last code before a step, minus 128; 127 behind the last step
-  std::uint8_t rise[kMostSteps];  // 0 behind the last step
+  std::uint8_t above[kMostSteps];  // the level from the step on
 };
 
-// A plane of fewer elements than this gains nothing from `levels`: look up each.
-constexpr std::size_t kLevelBlock = 16;
+// For fewer elements than this a call of `levels` is not worth it: look up each.
+constexpr std::size_t kFewestPoints = 16;
 
 struct Kernels {
   // Adaptive*. `squares` and `largest` are computed if asked for.
@@ -92,7 +92,7 @@ struct Kernels {
   void (*decide)(const float* ratio, std::size_t count, const CodeRange& range, const ChannelBorder& border,
                  const Neighbours& neighbours, std::uint8_t* y);
 
-  // LutRequantize: y = map.level[x].
+  // LutRequantize: y = map.level[x]; x and y do not overlap.
   void (*levels)(const std::uint8_t* x, std::size_t count, const LevelMap& map, std::uint8_t* y);
 };
 

@@ -79,6 +79,7 @@ def quantizer_contest(isas: list[str]) -> Contest:
         "AdaptiveQuantize, channel means, hidden 8": (models.adaptive(1, 8), feeds),
         "AdaptiveQuantize, deviation and maximum": (models.adaptive(6, 1), feeds),
         "AdaptiveRequantize, channel means, hidden 8": (models.adaptive(1, 8, from_codes=True), codes),
+        "LutRequantize, a table per channel": (models.levels(), codes),
         "BorderQuantize, per channel": (models.border(), feeds),
         "BorderQuantize, per value": (models.border(table=True), feeds),
         "BorderQuantize, window 3x3": (models.border(window=3), feeds),

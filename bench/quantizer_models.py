@@ -53,7 +53,7 @@ class Quantizers:
         }
         constants: dict[str, Array] = {**self._step(), **network}
         if from_codes:
-            constants = {"x_scale": np.asarray(0.02, np.float32), "x_zero_point": np.asarray(0, np.uint8), **constants}
+            constants = {**self._stored(), **constants}
         attributes = {"features": features, "beta_min": 0.5, "beta_max": 2.0, "qmin": 0, "qmax": _QMAX}
         return self._model("AdaptiveRequantize" if from_codes else "AdaptiveQuantize", constants, attributes)
 
@@ -84,6 +84,20 @@ class Quantizers:
         }
         return self._model("BorderQuantize", constants, {"channels": channels, "qmin": 0, "qmax": _QMAX})
 
+    def levels(self, count: int = 16) -> bytes:
+        """LutRequantize with a table for each channel.
+
+        Args:
+            count: Levels of each.
+        """
+        constants: dict[str, Array] = {
+            **self._stored(),
+            "scale": np.asarray(_STEP / 16, np.float32),
+            "zero_point": np.asarray(0, np.uint8),
+            "table": np.sort(self._rng.integers(0, 256, (self._channels, count)), axis=1).astype(np.uint8),
+        }
+        return self._model("LutRequantize", constants, {"axis": -3})
+
     def lookup(self) -> bytes:
         """Codes of 8 bits to their levels: what an activation's code book is in a file."""
         nodes = [
@@ -101,6 +115,10 @@ class Quantizers:
         graph = helper.make_graph(nodes, "lookup", [x], [codes], [table, ends])
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR)
         return bytes(model.SerializeToString())
+
+    @staticmethod
+    def _stored() -> dict[str, Array]:
+        return {"x_scale": np.asarray(0.02, np.float32), "x_zero_point": np.asarray(0, np.uint8)}
 
     @staticmethod
     def _step() -> dict[str, Array]:

@@ -4,9 +4,9 @@
     code = saturate(round_half_even(real / scale) + zero_point)          8 bits
     y    = table[c][#{i : table[c][i] + table[c][i + 1] <= 2 * code}]    the nearest level, the upper of two
 
-``code`` is what QuantizeLinear makes of what DequantizeLinear makes of ``x``, in float32 with a true division; the level
-is that of :func:`postquant.runtime_ops.code_book.nearest_codes`. A channel's codes have at most 256 values, so all of
-it is one table of 256 levels for each channel.
+``code`` is what QuantizeLinear makes of what DequantizeLinear makes of ``x``, in float32 with a true division; the
+level is that of :func:`postquant.runtime_ops.code_book.nearest_codes`. Codes have 256 values, so all of it is one table
+of 256 levels for each channel.
 """
 
 from __future__ import annotations
@@ -84,7 +84,12 @@ def lut_requantize(
 
 
 def _check_table(table: Codes) -> None:
-    if table.dtype != np.uint8 or table.ndim != 2 or not (FEWEST_LEVELS <= table.shape[1] <= MOST_LEVELS) or not len(table):
+    if (
+        table.dtype != np.uint8
+        or table.ndim != 2
+        or not (FEWEST_LEVELS <= table.shape[1] <= MOST_LEVELS)
+        or not len(table)
+    ):
         raise ModelError(
             "the levels have not the operator's form",
             where="input table",

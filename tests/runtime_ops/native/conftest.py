@@ -317,6 +317,34 @@ class Nodes:
             [onnx.TensorProto.UINT8],
         )
 
+    def levels(
+        self,
+        rng: np.random.Generator,
+        *,
+        shape: Sequence[int] = (2, 5, 6, 7),
+        axis: int = -3,
+        channels: int | None = None,
+        count: int = 16,
+        x_scale: float = 0.031,
+        scale: float = 0.043,
+    ) -> Node:
+        """A LutRequantize; ``channels`` is the size of the axis unless it is given."""
+        rows = shape[axis] if channels is None else channels
+        return Node(
+            "LutRequantize",
+            {
+                "x": self._codes(rng, shape, np.uint8),
+                "x_scale": np.asarray(x_scale, np.float32),
+                "x_zero_point": self._codes(rng, (), np.uint8),
+                "scale": np.asarray(scale, np.float32),
+                "zero_point": self._codes(rng, (), np.uint8),
+                "table": np.sort(self._codes(rng, (rows, count), np.uint8), axis=1),
+            },
+            {"axis": axis},
+            {"x"},
+            [onnx.TensorProto.UINT8],
+        )
+
     def _lut(self, rng: np.random.Generator, outputs: int, terms: int, bits: int, dtype: Any) -> dict[str, Array]:
         # A step at which the outputs fill their range and sometimes leave it.
         step = 80.0 * math.sqrt(terms) * 0.02 / 40

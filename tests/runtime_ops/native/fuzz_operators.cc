@@ -188,6 +188,31 @@ Node Border(Draw& draw) {
   return node;
 }
 
+Node Levels(Draw& draw) {
+  Node node;
+  node.name = "LutRequantize";
+  std::vector<std::int64_t> x;
+  for (std::int64_t axis = draw.Between(1, 4); axis > 0; --axis) {
+    x.push_back(draw.Between(0, 9));
+  }
+  x.push_back(draw.OneIn(2) ? draw.Between(1, 9) : draw.Between(10, 200));
+  const auto behind = static_cast<std::size_t>(draw.Between(1, static_cast<std::int64_t>(x.size())));
+  const std::int64_t channels = draw.OneIn(4) ? 1 : std::max<std::int64_t>(1, x[x.size() - behind]);
+  const std::int64_t levels = draw.Between(2, 16);
+  node.inputs.push_back(Tensor(draw, kUint8, x));
+  node.inputs.push_back(Tensor(draw, kFloat, {}, true));
+  node.inputs.push_back(Tensor(draw, kUint8, {}));
+  node.inputs.push_back(Tensor(draw, kFloat, {}, true));
+  node.inputs.push_back(Tensor(draw, kUint8, {}));
+  OrtValue table = Tensor(draw, kUint8, {channels, levels});
+  for (std::int64_t row = 0; row < channels; ++row) {
+    std::sort(table.data.get() + row * levels, table.data.get() + (row + 1) * levels);
+  }
+  node.inputs.push_back(std::move(table));
+  node.info.ints = {{"axis", -static_cast<std::int64_t>(behind)}};
+  return node;
+}
+
 std::int64_t Nonsense(Draw& draw) {
   constexpr std::int64_t kValues[] = {-1, 0, 1, 2, 3, 5, 64, 2147483647, 2147483648, INT64_MAX, INT64_MIN};
   return kValues[draw.Byte() % (sizeof kValues / sizeof kValues[0])];
@@ -287,8 +312,8 @@ bool RunNode(Node& node, bool constants, std::vector<OrtValue>* outputs) {
 
 bool RunBytes(const std::uint8_t* data, std::size_t size) {
   Draw draw(data, size);
-  constexpr Node (*kMakers[])(Draw&) = {Convolution, MatrixProduct, Adaptive, Border};
-  Node node = kMakers[draw.Byte() % 4](draw);
+  constexpr Node (*kMakers[])(Draw&) = {Convolution, MatrixProduct, Adaptive, Border, Levels};
+  Node node = kMakers[draw.Byte() % 5](draw);
   if (draw.OneIn(2)) {
     Spoil(draw, &node);
   }

@@ -115,7 +115,7 @@ def test_unknown_sizes_stay_unknown(
     native: Native, nodes: Nodes, rng: np.random.Generator, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """onnxruntime compares what was inferred with what comes, and warns."""
-    makers = (nodes.lut_conv, nodes.lut_matmul, nodes.lut_matmul_to_float, nodes.adaptive, nodes.border)
+    makers = (nodes.lut_conv, nodes.lut_matmul, nodes.lut_matmul_to_float, nodes.adaptive, nodes.border, nodes.levels)
     for node in (make(rng) for make in makers):
         session = native.session(node.model(), severity=2)
         for output in session.get_outputs():

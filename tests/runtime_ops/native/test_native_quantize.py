@@ -1,4 +1,4 @@
-"""AdaptiveQuantize, AdaptiveRequantize and BorderQuantize equal the NumPy law on every instruction set."""
+"""Adaptive*, BorderQuantize and LutRequantize equal the NumPy law on every instruction set."""
 
 from __future__ import annotations
 
@@ -77,6 +77,39 @@ def near_nodes(nodes: Nodes, rng: np.random.Generator) -> dict[str, Node]:
     return made
 
 
+def level_nodes(nodes: Nodes) -> dict[str, Node]:
+    """Cases of LutRequantize: planes around blocks, every rank, few and many levels, levels of all channels."""
+    rng = np.random.default_rng(3)
+    made = {}
+    for count in (2, 4, 5, 8, 9, 16):
+        for points in (1, 15, 16, 31, 49, 63, 64, 65, 127, 128, 300):
+            made[f"levels{count}_points{points}"] = nodes.levels(rng, shape=(2, 3, points), axis=-2, count=count)
+    places = {"line": ((7,), -1), "rows": ((5, 33), -1), "first": ((5, 33), -2), "three": ((2, 4, 70), -2)}
+    places |= {"last": ((2, 3, 5, 6), -1), "four": ((2, 3, 9, 11), -3), "five": ((2, 3, 4, 5, 13), -4)}
+    places |= {"start": ((3, 2, 4, 5, 13), -5), "eight": ((3, 1, 2, 1, 2, 1, 9, 5), -8)}
+    for name, (shape, axis) in places.items():
+        made[name] = nodes.levels(rng, shape=shape, axis=axis)
+        made[f"{name}_all"] = nodes.levels(rng, shape=shape, axis=axis, channels=1)
+        made[f"{name}_odd_axis"] = nodes.levels(rng, shape=shape, axis=-8, channels=1)
+    # Planes that tasks begin and end within.
+    made["large"] = nodes.levels(rng, shape=(1, 3, 157, 163))
+    made["large_all"] = nodes.levels(rng, shape=(40013,), axis=-1, channels=1, count=4)
+    made["many"] = nodes.levels(rng, shape=(2, 4099, 7), axis=-2)
+    duplicates = nodes.levels(rng, shape=(2, 6, 130), axis=-2)
+    rows = [[0] * 16, [255] * 16, [7] * 15 + [255], [0] + [200] * 15, [3, 3, 4, 4, 9, 9] + [80] * 10]
+    rows.append(list(range(120, 136)))
+    made["duplicates"] = duplicates.changed(table=np.array(rows, np.uint8))
+    every = np.tile(np.arange(256, dtype=np.uint8), (1, 3, 1))
+    for zero, zero_x in ((0, 0), (255, 255), (0, 255), (255, 0), (128, 3)):
+        numbers = {"zero_point": np.asarray(zero, np.uint8), "x_zero_point": np.asarray(zero_x, np.uint8)}
+        for index, (x_scale, scale) in enumerate([(0.02, 0.02), (0.5, 1.0), (0.013, 0.2), (1.0, 0.0131), (7.0, 3.0)]):
+            node = nodes.levels(rng, shape=every.shape, axis=-2, x_scale=x_scale, scale=scale)
+            made[f"zeros_{zero}_{zero_x}_{index}"] = node.changed(x=every, **numbers)
+    for index, (x_scale, scale) in enumerate([(1e-45, 1e-45), (3e38, 1e-38), (1e-38, 3e38), (3e38, 3e38), (1, 1e-40)]):
+        made[f"extreme_{index}"] = nodes.levels(rng, shape=(1, 3, 65), axis=-2, x_scale=x_scale, scale=scale)
+    return made
+
+
 @pytest.mark.parametrize("isa", SETS)
 def test_adaptive_equals_the_law(native: Native, nodes: Nodes, isa: str, tmp_path: pathlib.Path) -> None:
     made = adaptive_nodes(nodes)
@@ -89,8 +122,14 @@ def test_border_equals_the_law(native: Native, nodes: Nodes, isa: str, tmp_path:
     native.check(native.run_apart(made, tmp_path, isa=isa, threads=(1, 2))[0], made)
 
 
+@pytest.mark.parametrize("isa", SETS)
+def test_levels_equal_the_law(native: Native, nodes: Nodes, isa: str, tmp_path: pathlib.Path) -> None:
+    made = level_nodes(nodes)
+    native.check(native.run_apart(made, tmp_path, isa=isa, threads=(1, 2))[0], made)
+
+
 @pytest.mark.parametrize("optimize", [True, False])
-@pytest.mark.parametrize("op", ["lut_conv", "lut_matmul", "adaptive", "border"])
+@pytest.mark.parametrize("op", ["lut_conv", "lut_matmul", "adaptive", "border", "levels"])
 def test_native_kernel_runs_not_the_body(
     native: Native, nodes: Nodes, rng: np.random.Generator, tmp_path: pathlib.Path, op: str, optimize: bool
 ) -> None:
@@ -148,3 +187,14 @@ def test_values_that_are_not_finite(native: Native, nodes: Nodes, rng: np.random
     assert codes[..., 3::4].max() == 0
     adaptive = nodes.adaptive(rng, shape=(1, 1, 1, 130))
     assert native.run(adaptive.changed(x=x))[0].shape == x.shape
+
+
+def test_levels_computed_at_run_time(native: Native, nodes: Nodes, rng: np.random.Generator) -> None:
+    """Maps are made on every run, of tables of any number of channels and levels."""
+    node = nodes.levels(rng)
+    session = native.session(node.changed(fed=set(node.inputs)).model(), threads=2)
+    for channels, count in ((5, 16), (1, 3), (200, 2), (5, 9)):
+        shape = (2, max(channels, 5), 6, 7)
+        each = nodes.levels(rng, shape=shape, channels=channels, count=count)
+        each = each.changed(fed=set(each.inputs))
+        np.testing.assert_array_equal(session.run(None, each.feeds)[0], each.expected()[0])

@@ -92,6 +92,30 @@ BAD_INPUTS: list[tuple[str, str, dict[str, Any], str]] = [
     ("border", "channels", {"x": f32(2, 4, 6, 7)}, "5 channels"),
     ("border", "five axes", {"x": f32(2, 5, 1, 1, 1)}, "2 to 4 axes"),
     ("border", "a line", {"x": f32(5)}, "2 to 4 axes"),
+    ("levels", "x_scale", {"x_scale": f32(value=0)}, "input 1 (x_scale) holds 0"),
+    ("levels", "many scales", {"x_scale": f32(5)}, "(x_scale) has shape [5], expected []"),
+    ("levels", "x_zero_point", {"x_zero_point": np.zeros(1, np.uint8)}, "(x_zero_point)"),
+    ("levels", "infinite scale", {"scale": f32(value=np.inf)}, "input 3 (scale) holds inf"),
+    ("levels", "NaN scale", {"scale": f32(value=np.nan)}, "(scale) holds nan"),
+    ("levels", "no scale", {"scale": f32(0)}, "(scale) has shape [0]"),
+    ("levels", "zero_point", {"zero_point": np.zeros((1, 1), np.uint8)}, "(zero_point)"),
+    ("levels", "one level", {"table": np.zeros((5, 1), np.uint8)}, "input 5 (table) has shape [5, 1]"),
+    ("levels", "many levels", {"table": np.zeros((5, 17), np.uint8)}, "expected at least 1 row of 2 to 16 levels"),
+    ("levels", "no levels", {"table": np.zeros((5, 0), np.uint8)}, "(table)"),
+    ("levels", "no rows", {"table": np.zeros((0, 16), np.uint8)}, "(table) has shape [0, 16]"),
+    ("levels", "a flat table", {"table": np.zeros(16, np.uint8)}, "(table) has shape [16]"),
+    ("levels", "three axes", {"table": np.zeros((5, 4, 4), np.uint8)}, "(table)"),
+    (
+        "levels",
+        "not sorted",
+        {"table": np.array([[0, 9]] * 3 + [[9, 8]] * 2, np.uint8)},
+        "(table) has levels that are not sorted in row 3",
+    ),
+    ("levels", "other channels", {"x": np.zeros((2, 6, 5, 5), np.uint8)}, "expected 5 channels on axis -3"),
+    ("levels", "no channels", {"x": np.zeros((2, 0, 5, 5), np.uint8)}, "(x) has shape [2, 0, 5, 5]"),
+    ("levels", "few axes", {"x": np.zeros((5, 5), np.uint8)}, "input 0 (x) has shape [5, 5], expected 5 channels"),
+    ("levels", "a scalar", {"x": np.zeros((), np.uint8)}, "(x) has shape [], expected one axis or more"),
+    ("levels", "nine axes", {"x": np.zeros((1,) * 9, np.uint8)}, "9 axes"),
 ]
 
 BAD_ATTRIBUTES: list[tuple[str, dict[str, Any], str]] = [
@@ -145,6 +169,14 @@ BAD_ATTRIBUTES: list[tuple[str, dict[str, Any], str]] = [
     ("border", {"channels": BIG}, "BorderQuantize"),
     ("border", {"qmin": 255}, "attribute 'qmin'"),
     ("border", {"qmax": None}, "attribute 'qmax' is missing"),
+    ("levels", {"axis": 0}, "attribute 'axis' is 0, expected -8 to -1"),
+    ("levels", {"axis": 1}, "attribute 'axis' is 1"),
+    ("levels", {"axis": -9}, "attribute 'axis' is -9"),
+    ("levels", {"axis": -(2**63)}, "attribute 'axis'"),
+    ("levels", {"axis": None}, "attribute 'axis' is missing"),
+    ("levels", {"axis": -1.0}, "attribute 'axis'"),
+    ("levels", {"axis": -2}, "expected 5 channels on axis -2"),
+    ("levels", {"axis": -8}, "expected 5 channels on axis -8"),
 ]
 
 
@@ -158,10 +190,12 @@ def valid(nodes: Nodes, op: str) -> Node:
         return nodes.lut_matmul_to_float(rng)
     if op == "border":
         return nodes.border(rng, window=(3, 3), rank=3, table=True)
+    if op == "levels":
+        return nodes.levels(rng)
     return nodes.adaptive(rng, requantize=op == "requantize")
 
 
-@pytest.mark.parametrize("op", ["conv", "matmul", "floats", "adaptive", "requantize", "border"])
+@pytest.mark.parametrize("op", ["conv", "matmul", "floats", "adaptive", "requantize", "border", "levels"])
 def test_the_unchanged_nodes_run(native: Native, nodes: Nodes, op: str) -> None:
     node = valid(nodes, op)
     for fed in ({"x"}, set(node.inputs)):
@@ -206,6 +240,10 @@ def test_bad_attributes(native: Native, nodes: Nodes, op: str, attributes: dict[
         ("adaptive", {"zero_point": np.zeros((), np.int8)}),
         ("border", {"window": np.zeros((5, 3, 3), np.float32)}),
         ("border", {"x": np.zeros((1, 5), np.uint8)}),
+        ("levels", {"x": f32(2, 5, 6, 7)}),
+        ("levels", {"table": np.zeros((5, 16), np.int8)}),
+        ("levels", {"zero_point": np.zeros((), np.int8)}),
+        ("levels", {"table": None}),
     ],
 )
 def test_wrong_types_and_counts_are_refused(native: Native, nodes: Nodes, op: str, inputs: dict[str, Any]) -> None:
@@ -305,6 +343,27 @@ def test_fuzz_border(native: Native, nodes: Nodes, data: st.DataObject) -> None:
     )
     for name in draw(st.sets(st.sampled_from(["qmin", "qmax", "channels"]), max_size=1)):
         node = node.with_attributes(**{name: draw(st.integers(-1, 260))})
+    agree(native, reshaped(node, draw))
+
+
+@FUZZ
+@given(data=st.data())
+def test_fuzz_levels(native: Native, nodes: Nodes, data: st.DataObject) -> None:
+    draw = data.draw
+    shape = draw(st.lists(st.integers(0, 9), min_size=1, max_size=3)) + draw(st.sampled_from([[], [16], [70]]))
+    axis = -draw(st.integers(1, len(shape)))
+    node = nodes.levels(
+        np.random.default_rng(draw(st.integers(0, 9))),
+        shape=shape,
+        axis=axis,
+        channels=draw(st.sampled_from([1, shape[axis]])),
+        count=draw(st.integers(1, 17)),
+        scale=draw(st.sampled_from([0.001, 0.031, 5.0])),
+    )
+    if draw(st.integers(0, 4)) == 0:
+        node = node.with_attributes(axis=draw(st.integers(-9, 1)))
+    if draw(st.integers(0, 4)) == 0:
+        node = node.changed(table=node.inputs["table"][:, ::-1].copy())
     agree(native, reshaped(node, draw))
 
 

@@ -36,6 +36,7 @@ def some_of_each(nodes: Nodes) -> dict[str, Node]:
         "adaptive": nodes.adaptive(rng),
         "requantize": nodes.adaptive(rng, requantize=True),
         "border": nodes.border(rng, window=(3, 3), rank=2, table=True),
+        "levels": nodes.levels(rng),
     }
     matmul = nodes.lut_matmul(rng)
     made["computed"] = matmul.changed(fed=set(matmul.inputs))

@@ -64,6 +64,53 @@ void Levels(const std::uint8_t* __restrict x, std::size_t count, const LevelMap&
   }
 }
 
+template <std::size_t kSteps, std::size_t kLength>
+inline void AcrossBlock(const std::uint8_t* __restrict x, const LevelRows& rows, std::size_t channel,
+                        std::uint8_t* __restrict y) {
+  const std::size_t stride = rows.channels;
+  const std::uint8_t* const lowest = rows.lowest + channel;
+  const std::int8_t* const below = rows.below + channel;
+  const std::uint8_t* const above = rows.above + channel;
+  for (std::size_t i = 0; i < kLength; ++i) {
+    const auto code = static_cast<std::int8_t>(x[channel + i] ^ 0x80);
+    std::uint8_t level = lowest[i];
+    for (std::size_t s = 0; s < kSteps; ++s) {
+      const std::uint8_t higher = above[s * stride + i];
+      level = code > below[s * stride + i] ? higher : level;
+    }
+    y[channel + i] = level;
+  }
+}
+
+template <std::size_t kSteps>
+void AcrossOfSteps(const std::uint8_t* __restrict x, std::size_t count, const LevelRows& rows,
+                   std::uint8_t* __restrict y) {
+  constexpr std::size_t kLong = 64;
+  for (std::size_t row = 0; row < count; ++row, x += rows.channels, y += rows.channels) {
+    std::size_t channel = 0;
+    for (; channel + kLong <= rows.channels; channel += kLong) {
+      AcrossBlock<kSteps, kLong>(x, rows, channel, y);
+    }
+    for (; channel + kFewestPoints <= rows.channels; channel += kFewestPoints) {
+      AcrossBlock<kSteps, kFewestPoints>(x, rows, channel, y);
+    }
+    if (channel < rows.channels) {  // some channels once more
+      AcrossBlock<kSteps, kFewestPoints>(x, rows, rows.channels - kFewestPoints, y);
+    }
+  }
+}
+
+void LevelsAcross(const std::uint8_t* __restrict x, std::size_t count, const LevelRows& rows,
+                  std::uint8_t* __restrict y) {
+  if (rows.steps <= 3) {
+    AcrossOfSteps<3>(x, count, rows, y);
+  } else if (rows.steps <= 7) {
+    AcrossOfSteps<7>(x, count, rows, y);
+  } else {
+    AcrossOfSteps<kMostSteps>(x, count, rows, y);
+  }
+}
+
 }  // namespace
 }  // namespace postquant::quantize
 

@@ -15,11 +15,15 @@ namespace postquant {
 namespace {
 
 using quantize::LevelMap;
+using quantize::LevelRows;
 
 constexpr std::size_t kTaskElements = 16384;  // about what is worth handing to another thread
 constexpr std::size_t kCodes = 256;
 constexpr std::int64_t kFewestLevels = 2;
 constexpr std::int64_t kMostLevels = quantize::kMostSteps + 1;
+
+// Memory of a channel's map, and of its numbers in LevelRows.
+constexpr std::size_t kChannelBytes = sizeof(LevelMap) + 1 + 2 * quantize::kMostSteps;
 
 enum Input : std::size_t { kX, kXScale, kXZeroPoint, kScale, kZeroPoint, kTable };
 
@@ -43,6 +47,31 @@ void MakeMap(const std::uint8_t* levels, std::size_t count, const std::uint8_t* 
   std::fill(map->above + steps, map->above + quantize::kMostSteps, map->level[kCodes - 1]);
 }
 
+// The steps of all maps, one step of all channels after the other.
+LevelRows MakeRows(const LevelMap* maps, std::size_t channels, void* memory) {
+  auto* const lowest = static_cast<std::uint8_t*>(memory);
+  std::uint8_t* const above = lowest + channels;
+  auto* const below = static_cast<std::int8_t*>(static_cast<void*>(above + quantize::kMostSteps * channels));
+  std::size_t steps = 0;
+  for (std::size_t channel = 0; channel < channels; ++channel) {
+    const LevelMap& map = maps[channel];
+    lowest[channel] = map.level[0];
+    steps = std::max<std::size_t>(steps, map.steps);
+    for (std::size_t s = 0; s < quantize::kMostSteps; ++s) {
+      below[s * channels + channel] = map.below[s];
+      above[s * channels + channel] = map.above[s];
+    }
+  }
+  return {channels, steps, lowest, below, above};
+}
+
+// What Compute needs of all channels; the memory is somebody else's.
+struct LevelTables {
+  std::size_t channels = 0;
+  const LevelMap* maps = nullptr;
+  LevelRows rows{};  // if the channels lie on the last axis
+};
+
 class LutRequantize {
  public:
   static const Signature& GetSignature() {
@@ -64,8 +93,8 @@ class LutRequantize {
         kernels_(quantize::SelectedKernels()) {
     if (inputs_.all_constant()) {
       Validate(inputs_.constants());
-      maps_.resize(Channels(inputs_.constants()));
-      MakeMaps(inputs_.constants(), maps_.data());
+      memory_.resize(Channels(inputs_.constants()) * kChannelBytes);
+      tables_ = MakeTables(inputs_.constants(), memory_.data());
     }
   }
 
@@ -74,16 +103,13 @@ class LutRequantize {
   void Compute(const Run& run) const {
     const Tensor x = run.Input(kX);
     if (inputs_.all_constant()) {
-      Requantize(run, x, maps_.size(), maps_.data());
+      Requantize(run, x, tables_);
       return;
     }
     const Tensors inputs = inputs_.Read(run);
     Validate(inputs);
-    const std::size_t channels = Channels(inputs);
-    const Workspace workspace(channels * sizeof(LevelMap));
-    auto* const maps = static_cast<LevelMap*>(workspace.data());
-    MakeMaps(inputs, maps);
-    Requantize(run, x, channels, maps);
+    const Workspace workspace(Channels(inputs) * kChannelBytes);
+    Requantize(run, x, MakeTables(inputs, workspace.data()));
   }
 
   static void InferShapes(const ShapeInference& inference) {
@@ -117,7 +143,7 @@ class LutRequantize {
     }
   }
 
-  void MakeMaps(const Tensors& inputs, LevelMap* maps) const {
+  LevelTables MakeTables(const Tensors& inputs, void* memory) const {
     std::uint8_t all[kCodes];
     std::uint8_t codes[kCodes];
     for (std::size_t i = 0; i < kCodes; ++i) {
@@ -125,46 +151,76 @@ class LutRequantize {
     }
     kernels_.requantize(all, kCodes, *inputs[kXScale].As<float>(), *inputs[kXZeroPoint].As<std::uint8_t>(),
                         *inputs[kScale].As<float>(), {*inputs[kZeroPoint].As<std::uint8_t>(), 0, 255}, codes);
+    const std::size_t channels = Channels(inputs);
     const auto* const levels = inputs[kTable].As<std::uint8_t>();
     const auto count = static_cast<std::size_t>(inputs[kTable].shape[1]);
-    for (std::size_t channel = 0; channel < Channels(inputs); ++channel) {
+    auto* const maps = static_cast<LevelMap*>(memory);
+    for (std::size_t channel = 0; channel < channels; ++channel) {
       MakeMap(levels + channel * count, count, codes, maps + channel);
     }
+    LevelTables tables;
+    tables.channels = channels;
+    tables.maps = maps;
+    if (behind_ == 0) {
+      tables.rows = MakeRows(maps, channels, maps + channels);
+    }
+    return tables;
   }
 
-  void Requantize(const Run& run, const Tensor& x, std::size_t channels, const LevelMap* maps) const {
+  void Requantize(const Run& run, const Tensor& x, const LevelTables& tables) const {
     const std::size_t rank = x.shape.rank();
+    const std::size_t channels = tables.channels;
     const bool fits = behind_ < rank && static_cast<std::size_t>(x.shape[rank - 1 - behind_]) == channels;
-    if (rank == 0 || (channels != 1 && !fits)) {
-      identity_.FailInput(kX, "has shape " + x.shape.Text() + ", expected " +
-                                  (rank == 0 ? "one axis or more"
-                                             : std::to_string(channels) + " channels on axis -" +
-                                                   std::to_string(behind_ + 1)));
+    if (rank == 0) {
+      identity_.FailInput(kX, "has shape [], expected one axis or more");
+    }
+    if (channels != 1 && !fits) {
+      identity_.FailInput(kX, "has shape " + x.shape.Text() + ", expected " + std::to_string(channels) +
+                                  " channels on axis -" + std::to_string(behind_ + 1));
     }
     std::uint8_t* const y = run.Output<std::uint8_t>(0, x.shape);
     if (x.count == 0 || y == nullptr) {
       return;
     }
-    const std::size_t points = channels == 1 ? x.count : x.shape.Count(rank - behind_, rank);
     const auto* const codes = x.As<std::uint8_t>();
-    run.ParallelFor((x.count + kTaskElements - 1) / kTaskElements, [&](std::size_t task) noexcept {
-      const std::size_t end = std::min(x.count, (task + 1) * kTaskElements);
+    if (behind_ == 0 && channels >= quantize::kFewestPoints) {
+      Across(run, codes, x.count / channels, tables.rows, y);
+    } else {
+      const std::size_t points = channels == 1 ? x.count : x.shape.Count(rank - behind_, rank);
+      Planes(run, codes, x.count, points, tables, y);
+    }
+  }
+
+  // Every task has its part of all elements, whether that is a part of one plane or many planes.
+  void Planes(const Run& run, const std::uint8_t* x, std::size_t count, std::size_t points, const LevelTables& tables,
+              std::uint8_t* y) const {
+    run.ParallelFor((count + kTaskElements - 1) / kTaskElements, [&](std::size_t task) noexcept {
+      const std::size_t end = std::min(count, (task + 1) * kTaskElements);
       std::size_t begin = task * kTaskElements;
       std::size_t plane_end = (begin / points + 1) * points;
-      std::size_t channel = begin / points % channels;
+      std::size_t channel = begin / points % tables.channels;
       for (; begin < end; plane_end += points) {
         const std::size_t stop = std::min(end, plane_end);
-        const LevelMap& map = maps[channel];
+        const LevelMap& map = tables.maps[channel];
         if (points < quantize::kFewestPoints) {
           for (; begin < stop; ++begin) {
-            y[begin] = map.level[codes[begin]];
+            y[begin] = map.level[x[begin]];
           }
         } else {
-          kernels_.levels(codes + begin, stop - begin, map, y + begin);
+          kernels_.levels(x + begin, stop - begin, map, y + begin);
           begin = stop;
         }
-        channel = channel + 1 == channels ? 0 : channel + 1;
+        channel = channel + 1 == tables.channels ? 0 : channel + 1;
       }
+    });
+  }
+
+  // Channels on the last axis: rows of them.
+  void Across(const Run& run, const std::uint8_t* x, std::size_t count, const LevelRows& rows, std::uint8_t* y) const {
+    const std::size_t group = std::max<std::size_t>(1, kTaskElements / rows.channels);
+    run.ParallelFor((count + group - 1) / group, [&](std::size_t task) noexcept {
+      const std::size_t begin = task * group * rows.channels;
+      kernels_.levels_across(x + begin, std::min(group, count - task * group), rows, y + begin);
     });
   }
 
@@ -172,7 +228,8 @@ class LutRequantize {
   std::size_t behind_;  // axes behind that of the channels
   SideInputs inputs_;
   const quantize::Kernels& kernels_;
-  std::vector<LevelMap> maps_;  // if all side inputs are constants
+  std::vector<unsigned char> memory_;  // of tables_, if all side inputs are constants
+  LevelTables tables_;
 };
 
 }  // namespace

@@ -12,7 +12,7 @@ namespace postquant::quantize {
 namespace {
 
 constexpr Kernels kKernels = {PoolAnyFloat, PoolCodes, Quantize, Requantize, Border, Residual, SpreadRows,
-                              GatherRows,   Window,    Mix,      Combine,    Decide, Levels};
+                              GatherRows,   Window,    Mix,      Combine,    Decide, Levels,  LevelsAcross};
 
 }  // namespace
 }  // namespace postquant::quantize

@@ -55,7 +55,16 @@ struct LevelMap {
   std::uint8_t above[kMostSteps];  // the level from the step on
 };
 
-// For fewer elements than this a call of `levels` is not worth it: look up each.
+// The steps of all channels, for elements of which each is another channel's: rows of `channels` numbers.
+struct LevelRows {
+  std::size_t channels;
+  std::size_t steps;           // the most of a channel
+  const std::uint8_t* lowest;  // [channels]
+  const std::int8_t* below;    // [kMostSteps][channels]
+  const std::uint8_t* above;   // [kMostSteps][channels]
+};
+
+// For fewer elements of a channel, or channels of a row, than this a call is not worth it: look up each element.
 constexpr std::size_t kFewestPoints = 16;
 
 struct Kernels {
@@ -94,6 +103,8 @@ struct Kernels {
 
   // LutRequantize: y = map.level[x]; x and y do not overlap.
   void (*levels)(const std::uint8_t* x, std::size_t count, const LevelMap& map, std::uint8_t* y);
+  // The same for `count` rows of an element of each channel; at least kFewestPoints channels.
+  void (*levels_across)(const std::uint8_t* x, std::size_t count, const LevelRows& rows, std::uint8_t* y);
 };
 
 const Kernels& BaselineKernels();

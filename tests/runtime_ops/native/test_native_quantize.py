@@ -78,12 +78,13 @@ def near_nodes(nodes: Nodes, rng: np.random.Generator) -> dict[str, Node]:
 
 
 def level_nodes(nodes: Nodes) -> dict[str, Node]:
-    """Cases of LutRequantize: planes around blocks, every rank, few and many levels, levels of all channels."""
+    """Cases of LutRequantize: planes and rows around blocks, every rank, few and many levels, levels of all channels."""
     rng = np.random.default_rng(3)
     made = {}
     for count in (2, 4, 5, 8, 9, 16):
         for points in (1, 15, 16, 31, 49, 63, 64, 65, 127, 128, 300):
             made[f"levels{count}_points{points}"] = nodes.levels(rng, shape=(2, 3, points), axis=-2, count=count)
+            made[f"levels{count}_last{points}"] = nodes.levels(rng, shape=(2, 3, points), axis=-1, count=count)
     places = {"line": ((7,), -1), "rows": ((5, 33), -1), "first": ((5, 33), -2), "three": ((2, 4, 70), -2)}
     places |= {"last": ((2, 3, 5, 6), -1), "four": ((2, 3, 9, 11), -3), "five": ((2, 3, 4, 5, 13), -4)}
     places |= {"start": ((3, 2, 4, 5, 13), -5), "eight": ((3, 1, 2, 1, 2, 1, 9, 5), -8)}
@@ -95,10 +96,13 @@ def level_nodes(nodes: Nodes) -> dict[str, Node]:
     made["large"] = nodes.levels(rng, shape=(1, 3, 157, 163))
     made["large_all"] = nodes.levels(rng, shape=(40013,), axis=-1, channels=1, count=4)
     made["many"] = nodes.levels(rng, shape=(2, 4099, 7), axis=-2)
+    made["many_rows"] = nodes.levels(rng, shape=(1301, 49), axis=-1)
+    made["long_rows"] = nodes.levels(rng, shape=(3, 17001), axis=-1)
     duplicates = nodes.levels(rng, shape=(2, 6, 130), axis=-2)
     rows = [[0] * 16, [255] * 16, [7] * 15 + [255], [0] + [200] * 15, [3, 3, 4, 4, 9, 9] + [80] * 10]
     rows.append(list(range(120, 136)))
     made["duplicates"] = duplicates.changed(table=np.array(rows, np.uint8))
+    made["duplicate_rows"] = nodes.levels(rng, shape=(2, 24), axis=-1).changed(table=np.array(rows * 4, np.uint8))
     every = np.tile(np.arange(256, dtype=np.uint8), (1, 3, 1))
     for zero, zero_x in ((0, 0), (255, 255), (0, 255), (255, 0), (128, 3)):
         numbers = {"zero_point": np.asarray(zero, np.uint8), "x_zero_point": np.asarray(zero_x, np.uint8)}

@@ -78,7 +78,7 @@ def near_nodes(nodes: Nodes, rng: np.random.Generator) -> dict[str, Node]:
 
 
 def level_nodes(nodes: Nodes) -> dict[str, Node]:
-    """Cases of LutRequantize: planes and rows around blocks, every rank, few and many levels, levels of all channels."""
+    """Cases of LutRequantize: planes and rows around blocks, every rank, few and many levels, a table for all."""
     rng = np.random.default_rng(3)
     made = {}
     for count in (2, 4, 5, 8, 9, 16):

@@ -5,8 +5,8 @@ Names (a number is appended where the model has such a name already):
 | what                                   | nodes and values                                                        |
 |----------------------------------------|-------------------------------------------------------------------------|
 | activation ``x``                       | ``x_quantized``, ``x_saturated`` (only with a Clip), ``x_dequantized``  |
-| requantization of input i of node ``n``| the same with ``n_input<i>`` for ``x``; ``..._index`` and ``..._levels`` |
-|                                        | of a code book (:mod:`postquant.passes.lookup_nodes`)                   |
+| requantization of input i of node ``n``| the same with ``n_input<i>`` for ``x``; ``..._levels`` of a code book   |
+|                                        | (:mod:`postquant.passes.lookup_nodes`)                                  |
 | weight or bias ``w``                   | ``w_quantized`` (codes), ``w_dequantized``                              |
 | their constants                        | ``..._scale``, ``..._zero_point``, ``..._low``, ``..._high``            |
 | graph output ``x`` read dequantized    | ``x`` is the dequantized value; the original one becomes ``x_float``    |
@@ -30,7 +30,7 @@ from postquant.passes.adaptive_nodes import adaptive_quantize_dequantize, add_ad
 from postquant.passes.barriers import add_barriers
 from postquant.passes.biases import bias_scale, bias_values, integer_bias, weight_scale
 from postquant.passes.border_nodes import add_border_function, border_quantize_dequantize
-from postquant.passes.lookup_nodes import lookup_dequantize
+from postquant.passes.lookup_nodes import add_lookup_function, lookup_dequantize
 from postquant.passes.lut_nodes import FEW_BITS, pack_weights
 from postquant.passes.plan import QuantPlan
 from postquant.passes.qdq import Builder
@@ -85,6 +85,7 @@ def emit(
     emission.run()
     add_border_function(copy)
     add_adaptive_function(copy)
+    add_lookup_function(copy)
     if weight_storage is WeightStorage.PACKED:
         pack_weights(copy, emission.build, emission.narrow_weights, exact_post=exact_post)
         emission.drop_unread_constants()

@@ -156,7 +156,7 @@ def _channels(node: ir.Node, value: ir.Value) -> tuple[int | None, int]:
     rank = len(value.shape)
     axis = rank - 1 if node.op_type == "MatMul" else 1
     length = value.shape[axis] if axis < rank else None
-    return (axis - rank, length) if isinstance(length, int) else _NO_CHANNELS
+    return (axis - rank, length) if isinstance(length, int) and length > 1 else _NO_CHANNELS
 
 
 def _is_layer(node: ir.Node, plan: QuantPlan) -> bool:

@@ -2,43 +2,35 @@
 
 A requantization whose quantizer has a code book becomes
 
-    codes of the stored tensor -> Cast (int32) [-> Add (256 c)] -> Reshape (flat) -> GatherElements (of uint8 levels)
-        -> Reshape (the codes' Shape) -> DequantizeLinear -> the reader
+    codes of the stored tensor -> LutRequantize (ai.postquant) -> DequantizeLinear -> the reader
 
-in standard operators: every stored code has its level, in a table of 256, or of 256 for each channel c. A Gather would
-need no flat tensor, but onnxruntime's takes four times as long. (onnx's own evaluator knows no GatherElements of more
-than 64 elements.) Whatever makes the stored codes keeps its integer kernel, and so does the reader.
-
-The table of all channels follows from their ``2^b`` levels each, in nodes that onnxruntime runs once, when it loads the
-model; 256 levels per channel would make the file much larger:
-
-    levels (C, 2^b) -> MatMulInteger (sums of neighbours: twice the middles) -> Unsqueeze
-        -> LessOrEqual (twice the stored codes, in the quantizer's own numbers) -> Cast (int32)
-        -> ReduceSum (how many middles a code has passed) -> GatherElements (of the levels) -> Reshape (flat)
-
-Names are those of an ordinary requantization; the table is named after it. Constants other than levels are shared.
+so that whatever makes the stored codes keeps its integer kernel, and so does the reader. Names are those of an ordinary
+requantization; the table is named after it. For receivers that know nothing of ``ai.postquant`` the operator becomes a
+chain of standard ones (:mod:`postquant.passes.lookup_chain`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from postquant.passes.lookup_chain import chain_constants, chain_of, is_fixed, write_chain
 from postquant.passes.qdq import Builder
-from postquant.runtime_ops import law
-from postquant.runtime_ops.code_book import nearest_codes, table_rows
+from postquant.runtime_ops.code_book import CodeBook
 from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.integer import Affine
+from postquant.runtime_ops.ops import functions_for
 from postquant.runtime_ops.quantizer import TensorQuantizer
+from postquant.runtime_ops.schema import DOMAIN, VERSION
+from postquant.runtime_ops.spec import QuantSpec
 
-_CODES = 256
-# The chains of the module docstring, from the last node to the first.
-_ONE = ("Reshape", "GatherElements", "Reshape", "Cast")
-_CHANNELS = ("Reshape", "GatherElements", "Reshape", "Add", "Cast")
-_TABLE = ("Reshape", "GatherElements", "ReduceSum", "Cast", "LessOrEqual", "Unsqueeze", "MatMulInteger")
+LOOKUP = "LutRequantize"
+# Functions came with IR version 8.
+_LEAST_IR_VERSION = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +39,7 @@ class Lookup:
 
     Attributes:
         codes: The codes that it reads.
-        constants: What :func:`lookup_constants` tells of them.
+        constants: What it reads besides codes, shapes and types; :func:`lookup_differs` compares it.
         nodes: All its nodes, the one that makes the levels last.
     """
 
@@ -58,39 +50,25 @@ class Lookup:
 
 def lookup_of(node: ir.Node | None) -> Lookup | None:
     """The lookup whose last node this is, or None."""
-    chain = _back(node, _ONE) or _back(node, _CHANNELS)
-    if chain is None:
-        return None
-    last, gather, *middle, cast = chain
-    codes, table, shape = cast.inputs[0], gather.inputs[0], _producer(last.inputs[1])
-    if codes is None or table is None or not _is(shape, "Shape") or shape is None:
-        return None
-    if shape.inputs[0] is not codes or maker_of(codes) is None:
-        return None
-    nodes = (shape, cast, *reversed(middle), gather, last)
-    parts: tuple[ir.Node, ...] = ()
-    constants: list[ir.Value | None] = [table]
-    if len(chain) == len(_CHANNELS):
-        found = _back(_producer(table), _TABLE)
-        if found is None or found[1].inputs[0] is not found[-1].inputs[0]:
-            return None
-        parts = tuple(reversed(found))
-        _, levels, counts, _, compared, sliced, sums = found
-        constants = [levels.inputs[0], sums.inputs[1], sliced.inputs[1], compared.inputs[1], counts.inputs[1]]
-        constants.append(middle[1].inputs[1])
-    known = tuple(value for value in constants if value is not None and not value.is_graph_input())
-    if len(known) < len(constants) or any(value.const_value is None for value in known):
-        return None
-    return Lookup(codes, known, (*parts, *nodes))
+    found: Lookup | None = None
+    if _is_operator(node) and node is not None:
+        codes, *constants = node.inputs
+        known = tuple(value for value in constants if is_fixed(value) and value is not None)
+        if codes is not None and len(known) == len(constants):
+            found = Lookup(codes, known, (node,))
+    elif (chain := chain_of(node)) is not None:
+        found = Lookup(chain.codes, chain.constants, chain.nodes)
+    return found if found is not None and maker_of(found.codes) is not None else None
 
 
 def maker_of(codes: ir.Value) -> ir.Node | None:
     """The QuantizeLinear that makes codes, perhaps with Clips in between, or None."""
     producer = codes.producer()
-    while producer is not None and _is(producer, "Clip"):
+    while producer is not None and producer.op_type == "Clip" and not producer.domain:
         inner = producer.inputs[0]
         producer = None if inner is None else inner.producer()
-    return producer if _is(producer, "QuantizeLinear") else None
+    makes = producer is not None and producer.op_type == "QuantizeLinear" and not producer.domain
+    return producer if makes else None
 
 
 def is_lookup(node: ir.Node | None) -> bool:
@@ -103,32 +81,26 @@ def lookup_nodes(graph: ir.Graph) -> set[ir.Node]:
     return {part for node in graph if (found := lookup_of(node)) is not None for part in found.nodes}
 
 
-def lookup_constants(quantizer: TensorQuantizer, stored: Affine) -> dict[str, npt.NDArray[np.integer]]:
-    """What the nodes of a lookup read besides codes.
+def lookup_differs(lookup: Lookup, quantizer: TensorQuantizer, stored: Affine) -> bool:
+    """Whether a lookup computes anything else than a quantizer says.
 
     Args:
+        lookup: One of a graph.
         quantizer: It has a code book of unsigned codes.
         stored: The numbers of the codes of 8 bits that it reads, one scale.
-
-    Returns:
-        Name -> constant. Without channels the levels of all 256 stored codes, uint8. Else the levels (C, n) uint8;
-        (n, n - 1) uint8 that adds neighbours; the axis behind them, int64; twice the stored codes in the quantizer's
-        numbers, (256,) int32; the axis that middles are counted along, int64; 256 c for every channel, int32, which
-        broadcasts to the codes.
     """
-    assert quantizer.table is not None
-    own = law.quantize(stored.real(np.arange(_CODES)), quantizer.scale, quantizer.zero_point, qmin=0, qmax=_CODES - 1)
-    if quantizer.table_axis is None:
-        return {"levels": nearest_codes(quantizer.table)[own]}
-    channels, count = quantizer.table.shape
-    return {
-        "levels": np.ascontiguousarray(quantizer.table),
-        "pairs": np.eye(count, count - 1, dtype=np.uint8) + np.eye(count, count - 1, k=-1, dtype=np.uint8),
-        "last_axis": np.array([2], np.int64),
-        "doubled": (2 * own).astype(np.int32),
-        "middle_axis": np.array([1], np.int64),
-        "offsets": table_rows(channels, quantizer.table_axis),
-    }
+    node = lookup.nodes[-1]
+    expected: Mapping[str, npt.NDArray[np.generic]]
+    if _is_operator(node):
+        expected = _inputs(quantizer, stored)
+        attribute = node.attributes.get("axis")
+        if attribute is None or (quantizer.table_axis is not None and attribute.as_int() != quantizer.table_axis):
+            return True
+    else:
+        expected = chain_constants(quantizer, stored)
+    return len(lookup.constants) != len(expected) or not all(
+        np.array_equal(_array(value), array) for value, array in zip(lookup.constants, expected.values(), strict=True)
+    )
 
 
 def lookup_dequantize(
@@ -158,67 +130,85 @@ def lookup_dequantize(
             expected="uint8 codes",
             found="a float value" if codes is None else str(codes.dtype),
         )
-    arrays = lookup_constants(quantizer, _numbers(dequantize))
-    constants = {"levels": build.initializer(f"{name}_levels", arrays.pop("levels"))}
-    constants |= {part: build.shared_initializer(f"lookup_{part}", array) for part, array in arrays.items()}
-    scale = build.initializer(f"{name}_scale", quantizer.scale)
-    zero_point = build.initializer(f"{name}_zero_point", ir.Tensor(quantizer.zero_point.astype(np.uint8)))
-    flat_shape = build.shared_initializer("lookup_shape", np.array([-1], np.int64))
-    nodes: list[ir.Node] = []
-
-    def add(
-        op_type: str, inputs: list[ir.Value], part: str, dtype: ir.DataType, shape: ir.Shape | None = None, **given: int
-    ) -> ir.Value:
-        made = ir.Value(name=build.unique(f"{name}_{part}"), type=ir.TensorType(dtype), shape=shape)
-        attributes = [ir.AttrInt64(key, number) for key, number in given.items()]
-        nodes.append(ir.Node("", op_type, inputs, attributes, outputs=[made], name=made.name))
-        return made
-
-    uint8, int32 = ir.DataType.UINT8, ir.DataType.INT32
-    table = constants["levels"]
-    if quantizer.table_axis is not None:
-        sums = add("MatMulInteger", [table, constants["pairs"]], "sums", int32)
-        column = add("Unsqueeze", [sums, constants["last_axis"]], "middles", int32)
-        passed = add("LessOrEqual", [column, constants["doubled"]], "passed", ir.DataType.BOOL)
-        ones = add("Cast", [passed], "ones", int32, to=int(int32))
-        counted = add("ReduceSum", [ones, constants["middle_axis"]], "counted", int32, keepdims=0)
-        rows = add("GatherElements", [table, counted], "rows", uint8, axis=1)
-        table = add("Reshape", [rows, flat_shape], "table", uint8)
-    size = add("Shape", [codes], "shape", ir.DataType.INT64)
-    index = add("Cast", [codes], "index", int32, to=int(int32))
-    if quantizer.table_axis is not None:
-        index = add("Add", [index, constants["offsets"]], "place", int32)
-    flat = add("Reshape", [index, flat_shape], "flat", int32)
-    found = add("GatherElements", [table, flat], "flat_quantized", uint8, axis=0)
-    levels = add("Reshape", [found, size], "quantized", uint8, source.shape)
-    result = add("DequantizeLinear", [levels, scale, zero_point], "dequantized", ir.DataType.FLOAT, source.shape)
+    arrays = _inputs(quantizer, _numbers(dequantize))
+    own = [build.initializer(f"{name}_{part}", arrays[part]) for part in ("scale", "zero_point", "levels")]
+    levels = ir.Value(name=build.unique(f"{name}_quantized"), type=ir.TensorType(ir.DataType.UINT8), shape=source.shape)
+    result = ir.Value(
+        name=build.unique(f"{name}_dequantized"), type=ir.TensorType(ir.DataType.FLOAT), shape=source.shape
+    )
+    inputs = [codes, *dequantize.inputs[1:3], *own]
+    axis = ir.AttrInt64("axis", -1 if quantizer.table_axis is None else quantizer.table_axis)
+    nodes = [
+        ir.Node(DOMAIN, LOOKUP, inputs, [axis], outputs=[levels], name=levels.name),
+        ir.Node("", "DequantizeLinear", [levels, *own[:2]], outputs=[result], name=result.name),
+    ]
     graph.insert_after(dequantize, nodes)
     return result
 
 
-def _back(node: ir.Node | None, kinds: tuple[str, ...]) -> tuple[ir.Node, ...] | None:
-    """Nodes of these kinds, each the maker of the former's first input (of a GatherElements' index), or None."""
-    found: list[ir.Node] = []
-    for kind in kinds:
-        if node is None or not _is(node, kind):
-            return None
-        found.append(node)
-        node = _producer(node.inputs[1 if kind == "GatherElements" else 0])
-    return tuple(found)
+def add_lookup_function(model: ir.Model) -> None:
+    """Gives a model the definition of LutRequantize, if it has such a node."""
+    if not any(_is_operator(node) for node in model.graph):
+        return
+    model.graph.opset_imports[DOMAIN] = VERSION
+    model.ir_version = max(model.ir_version, _LEAST_IR_VERSION)
+    for proto in functions_for([LOOKUP], opset=model.graph.opset_imports[""]):
+        function = ir.serde.deserialize_function(proto)
+        model.functions[function.identifier()] = function
 
 
-def _producer(value: ir.Value | None) -> ir.Node | None:
-    return None if value is None else value.producer()
+def expand_lookups(graph: ir.Graph, build: Builder) -> None:
+    """Every LutRequantize becomes its chain of standard operators; its output keeps its name.
+
+    Args:
+        graph: Changed in place.
+        build: Makes names and initializers of that graph.
+    """
+    for node in tuple(graph):
+        lookup = lookup_of(node) if _is_operator(node) else None
+        if lookup is None:
+            continue
+        x_scale, x_zero_point, scale, zero_point, table = (_array(value) for value in lookup.constants)
+        axis = node.attributes["axis"].as_int() if len(table) > 1 else None
+        spec = QuantSpec(table.shape[1].bit_length() - 1, signed=False, symmetric=False, code_book=CodeBook.LEARNED)
+        levels = table if axis is not None else table[0]
+        quantizer = TensorQuantizer(
+            spec, scale.astype(np.float32), zero_point.astype(np.int32), table=levels, table_axis=axis
+        )
+        stored = Affine(x_scale.astype(np.float32), x_zero_point.astype(np.int32), np.dtype(np.uint8))
+        old = node.outputs[0]
+        name, old.name = old.name or "", None
+        made = ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8), shape=old.shape)
+        prefix = name.removesuffix("_quantized")
+        graph.insert_before(node, write_chain(build, lookup.codes, stored, quantizer, prefix, made))
+        for use in tuple(old.uses()):
+            use.node.replace_input_with(use.idx, made)
+        graph.remove(node, safe=True)
 
 
-def _is(node: ir.Node | None, op_type: str) -> bool:
-    return node is not None and node.op_type == op_type and not node.domain
+def _is_operator(node: ir.Node | None) -> bool:
+    return node is not None and node.domain == DOMAIN and node.op_type == LOOKUP
+
+
+def _inputs(quantizer: TensorQuantizer, stored: Affine) -> dict[str, npt.NDArray[np.generic]]:
+    """What a LutRequantize reads behind the codes, in order."""
+    assert quantizer.table is not None
+    return {
+        "x_scale": stored.scale,
+        "x_zero_point": stored.zero_point.astype(np.uint8),
+        "scale": quantizer.scale,
+        "zero_point": quantizer.zero_point.astype(np.uint8),
+        "levels": np.ascontiguousarray(np.atleast_2d(quantizer.table)),
+    }
+
+
+def _array(value: ir.Value) -> npt.NDArray[np.generic]:
+    assert value.const_value is not None
+    return value.const_value.numpy()
 
 
 def _numbers(dequantize: ir.Node) -> Affine:
     scale, zero_point = dequantize.inputs[1], dequantize.inputs[2]
     assert scale is not None
-    assert scale.const_value is not None
     assert zero_point is not None
-    assert zero_point.const_value is not None
-    return Affine(scale.const_value.numpy(), zero_point.const_value.numpy().astype(np.int32), np.dtype(np.uint8))
+    return Affine(_array(scale).astype(np.float32), _array(zero_point).astype(np.int32), np.dtype(np.uint8))

@@ -2,8 +2,9 @@
 
 Packed weights become int8 codes behind DequantizeLinear (:func:`postquant.passes.lut_expansion.with_qdq`): the same
 numbers, so that integer kernels fuse. BorderQuantize becomes QuantizeLinear and a Clip of codes: round to nearest,
-which is another number near its borders. AdaptiveQuantize becomes the same with its fixed step. Other operators of the
-domain are replaced by the function bodies that the model carries.
+which is another number near its borders. AdaptiveQuantize becomes the same with its fixed step. LutRequantize becomes a
+chain of standard operators that computes the same. Other operators of the domain are replaced by the function bodies
+that the model carries.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import onnx_ir as ir
 from postquant.passes.adaptive_nodes import is_adaptive
 from postquant.passes.border_nodes import is_border
 from postquant.passes.inline import inline_functions
+from postquant.passes.lookup_nodes import expand_lookups
 from postquant.passes.lut_expansion import with_qdq
 from postquant.passes.plan import Entry, QuantPlan
 from postquant.passes.qdq import Builder
@@ -49,6 +51,7 @@ def standard_model(model: ir.Model) -> StandardModel:
     if copy is model:
         copy = model.clone()
     build = Builder(copy.graph)
+    expand_lookups(copy.graph, build)
     changes = []
     for node in tuple(copy.graph):
         if is_border(node):

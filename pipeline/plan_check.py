@@ -18,7 +18,7 @@ from postquant.passes.adaptive_nodes import ADAPTIVE, adaptive_differences, is_a
 from postquant.passes.barriers import is_barrier
 from postquant.passes.border_nodes import BORDER, is_border
 from postquant.passes.free_memory import release_tensor
-from postquant.passes.lookup_nodes import lookup_constants, lookup_nodes, lookup_of
+from postquant.passes.lookup_nodes import lookup_differs, lookup_nodes, lookup_of
 from postquant.passes.plan import QuantPlan
 from postquant.passes.weight_codes import weight_codes
 from postquant.pipeline.qdq_structure import Reading, array_of, reading
@@ -198,10 +198,7 @@ def _code_book(where: str, quantizer: TensorQuantizer, found: Reading) -> Iterat
     lookup = lookup_of(found.quantize)
     if quantizer.table is None or found.looked_up is None or lookup is None:
         return
-    expected_parts = lookup_constants(quantizer, found.looked_up.numbers).values()
-    parts = [array_of(value, lookup.nodes[-1]) for value in lookup.constants]
-    same = (np.array_equal(ours, theirs) for ours, theirs in zip(expected_parts, parts, strict=False))
-    if len(parts) != len(expected_parts) or not all(same):
+    if lookup_differs(lookup, quantizer, found.looked_up.numbers):
         yield Difference(where, "the table of its levels differs from the plan's")
 
 

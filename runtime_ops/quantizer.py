@@ -64,7 +64,7 @@ class TensorQuantizer:
         zero_point: () or (C,) int32 within ``[spec.qmin, spec.qmax]``.
         codes: int8/uint8 codes of the weight when rounding is not nearest, else None; levels where there is a table.
         table: (2**bits,) sorted levels of a code book, int8 of a weight or uint8 of an activation; None for uniform
-            codes. That of POST is filled in. (C, 2**bits) where every channel of an activation has levels of its own.
+            codes. That of POST is filled in. (C, 2**bits), C > 1, where an activation's channels have their own.
         border: Rounds an unsigned activation of at most 8 bits otherwise than to nearest; None for nearest.
         adaptive: Gives such an activation, with the zero point 0, a step per sample: ``scale`` times a factor.
         table_axis: Axis of the activation's channels, counted from the last one, -1, where the table has a row for
@@ -216,8 +216,9 @@ def _table(spec: QuantSpec, table: npt.NDArray[Any] | None, axis: int | None) ->
             raise ValueError("the POST lattice has a table of its own")
         return post_table(spec.bits)
     count, rank = 1 << spec.bits, 1 if axis is None else 2
-    if table is None or table.dtype != np.dtype(spec.container) or table.ndim != rank or table.shape[-1] != count:
-        rows = "" if axis is None else " per channel"
+    fits = table is not None and table.ndim == rank and table.shape[-1] == count and (rank == 1 or len(table) > 1)
+    if table is None or not fits or table.dtype != np.dtype(spec.container):
+        rows = "" if axis is None else " for each of two and more channels"
         raise ValueError(f"a learned code book of {spec.bits} bits needs {count} {spec.container} levels{rows}")
     if (np.diff(table.astype(np.int16)) < 0).any():
         raise ValueError("the levels of a table are sorted")

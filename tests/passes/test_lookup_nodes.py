@@ -15,13 +15,16 @@ from postquant.calib.activation_levels import quantizer_with_levels
 from postquant.passes.biases import fit_biases
 from postquant.passes.emit import emit
 from postquant.passes.level_plan import level_sites, with_levels
-from postquant.passes.lookup_nodes import is_lookup, lookup_constants, lookup_dequantize
+from postquant.passes.lookup_nodes import is_lookup, lookup_dequantize, lookup_differs, lookup_of, maker_of
 from postquant.passes.plan import QuantPlan
 from postquant.passes.qdq import Builder
 from postquant.passes.session import make_session
+from postquant.passes.standard import standard_model
 from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.integer import Affine
+from postquant.runtime_ops.ops import reference_classes
 from postquant.runtime_ops.quantizer import TensorQuantizer
+from postquant.runtime_ops.schema import DOMAIN
 from postquant.runtime_ops.spec import QuantSpec
 
 NETWORK = """<ir_version: 8, opset_import: ["" : 21]>
@@ -138,12 +141,16 @@ def test_channels_are_those_of_what_layers_read(bench: Any, text: str, read: tup
     assert [(site.value, site.axis, site.channels) for site in sites] == [read]
 
 
+@pytest.mark.parametrize("standard", [False, True])
 @pytest.mark.parametrize("channels", [False, True])
-def test_nodes_compute_the_law(quantized: tuple[ir.Model, QuantPlan, list[dict[str, Any]]], *, channels: bool) -> None:
+def test_nodes_compute_the_law(
+    quantized: tuple[ir.Model, QuantPlan, list[dict[str, Any]]], *, channels: bool, standard: bool
+) -> None:
     """Codes behind every lookup, on onnxruntime: the law of the quantizer, of what the stored codes stand for."""
     model, plan, feeds = quantized
     plan = booked(model, plan, channels=channels)
-    emitted = emit(model, plan)
+    emitted = standard_model(emit(model, plan)).model if standard else emit(model, plan)
+    assert (DOMAIN in emitted.graph.opset_imports) != standard
     lookups = sorted(node.name or "" for node in emitted.graph if is_lookup(node))
     assert lookups == ["behind_input0_quantized", "left_input0_quantized", "one_input0_quantized"]
     stored = {"behind": "s_quantized", "left": "c1_quantized", "one": "m_quantized"}
@@ -164,16 +171,18 @@ def test_nodes_compute_the_law(quantized: tuple[ir.Model, QuantPlan, list[dict[s
     assert "r_dequantized" in {node.name for node in emitted.graph}
 
 
+@pytest.mark.parametrize("standard", [False, True])
 @pytest.mark.parametrize("channels", [False, True])
 def test_onnxruntime_and_the_reference_agree_and_layers_stay_integer(
-    quantized: tuple[ir.Model, QuantPlan, list[dict[str, Any]]], tmp_path: Any, *, channels: bool
+    quantized: tuple[ir.Model, QuantPlan, list[dict[str, Any]]], tmp_path: Any, *, channels: bool, standard: bool
 ) -> None:
     model, plan, feeds = quantized
-    proto = ir.to_proto(emit(model, booked(model, plan, channels=channels)))
+    emitted = emit(model, booked(model, plan, channels=channels))
+    proto = ir.to_proto(standard_model(emitted).model if standard else emitted)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    reference: Any = ReferenceEvaluator(proto, new_ops=[GatherElements])
+    reference: Any = ReferenceEvaluator(proto, new_ops=[GatherElements, *reference_classes()])
     for feed in feeds:
         got, expected = (np.asarray(runner.run(None, feed)[0]) for runner in (session, reference))
         np.testing.assert_allclose(got, expected, atol=0.05 * np.abs(expected).max())
@@ -185,14 +194,36 @@ def test_onnxruntime_and_the_reference_agree_and_layers_stay_integer(
     assert kinds.count("GatherElements") == 3
 
 
-def test_the_table_holds_the_law_for_every_code() -> None:
-    quantizer = quantizer_with_levels(_spec(), np.array([-1.0, 0.0, 0.5, 3.0]))
-    stored = Affine(np.array(0.02, np.float32), np.array(60, np.int32), np.dtype(np.uint8))
-    real = (np.arange(256) - 60) * 0.02
-    levels = quantizer.dequantize(quantizer.quantize(real.astype(np.float32)))
-    found = quantizer.dequantize(lookup_constants(quantizer, stored)["levels"])
-    np.testing.assert_array_equal(found, levels)
-    assert np.abs(levels - real).max() == pytest.approx(1.25, abs=0.03)
+@pytest.mark.parametrize("standard", [False, True])
+@pytest.mark.parametrize("channels", [False, True])
+def test_other_constants_are_found(
+    quantized: tuple[ir.Model, QuantPlan, Any], *, channels: bool, standard: bool
+) -> None:
+    model, plan, _ = quantized
+    plan = booked(model, plan, channels=channels)
+    emitted = standard_model(emit(model, plan)).model if standard else emit(model, plan)
+    lookup = next(found for node in emitted.graph if (found := lookup_of(node)) is not None)
+    layer = (lookup.nodes[-1].name or "").removesuffix("_input0_quantized")
+    quantizer = plan.requants[f"{layer}:0"]
+    dequantize = next(use.node for use in lookup.nodes[-1].outputs[0].uses())
+    assert dequantize.op_type == "DequantizeLinear"
+    maker = maker_of(lookup.codes)
+    assert maker is not None
+    assert isinstance(quantizer, TensorQuantizer)
+    scale, zero_point = (value.const_value.numpy() for value in maker.inputs[1:3] if value and value.const_value)
+    stored = Affine(scale, zero_point.astype(np.int32), np.dtype(np.uint8))
+    assert not lookup_differs(lookup, quantizer, stored)
+    for constant in lookup.constants:
+        right = constant.const_value
+        assert right is not None
+        wrong = right.numpy().copy()
+        wrong.reshape(-1)[-1] = not wrong.reshape(-1)[-1]
+        constant.const_value = ir.Tensor(wrong, name=constant.name)
+        assert lookup_differs(lookup, quantizer, stored), constant.name
+        constant.const_value = right
+    if channels and not standard:
+        lookup.nodes[-1].attributes["axis"] = ir.AttrInt64("axis", -2)
+        assert lookup_differs(lookup, quantizer, stored)
 
 
 def test_only_codes_of_8_bits_have_a_table(quantized: tuple[ir.Model, QuantPlan, Any]) -> None:

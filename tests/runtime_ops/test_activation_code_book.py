@@ -121,7 +121,7 @@ def test_tables_that_do_not_exist() -> None:
             TensorQuantizer(SPEC, np.ones((), np.float32), np.zeros((), np.int32), table=table)
     with pytest.raises(ValueError, match="sorted"):
         quantizer([0, 3, 2, 9])
-    for axis, message in ((1, "negative"), (-1, "4 uint8 levels per channel")):
+    for axis, message in ((1, "negative"), (-1, "4 uint8 levels for each")):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(quantizer([0, 1, 2, 3]), table_axis=axis)
     with pytest.raises(ValueError, match="rows for channels"):

@@ -1,10 +1,10 @@
 """Function body of LutRequantize: standard ONNX operators, from opset 13 on.
 
 Everything that does not depend on x is one table of 256 levels for each channel, one behind the other: onnxruntime
-computes it when it loads the model. What is left for a run is Cast, Add, Reshape, GatherElements, Shape and Reshape.
-GatherElements wants one flat tensor of places; a Gather would not, but onnxruntime's takes four times as long. What
-codes stand for is not computed with DequantizeLinear, nor are sums compared by LessOrEqual (at opset 13 to 15), because
-onnxruntime does not fold these.
+(from 1.17 on) computes it when it loads the model. What is left for a run is Cast, Add, Reshape, GatherElements, Shape
+and Reshape. GatherElements wants one flat tensor of places; a Gather would not, but onnxruntime's takes four times as
+long. What codes stand for is not computed with DequantizeLinear, nor are sums compared by LessOrEqual (at opset 13 to
+15), because onnxruntime does not fold these.
 """
 
 from __future__ import annotations

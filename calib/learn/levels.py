@@ -56,7 +56,8 @@ class LevelQuantize(torch.autograd.Function):
         low, high = levels[:, :1], levels[:, -1:]
         per_unit = cells / (high - low).clamp_min(1e-30)
         first = torch.arange(len(levels), device=x.device, dtype=torch.float32)[:, None] * (cells + 3)
-        table = _Cells(levels).nearest.reshape(-1)
+        ctx.cells = _Cells(levels)
+        table = ctx.cells.nearest().reshape(-1)
         ctx.layout = _Layout.of(x, axis)
         values = ctx.layout.split(x)
         simulated, places = torch.empty_like(values), torch.empty_like(values, dtype=torch.int32)
@@ -89,7 +90,7 @@ class LevelQuantize(torch.autograd.Function):
             if kept is not None:
                 result.add_(g).sub_(quantized)
             to_x[part] = result
-        to_levels = _Cells(levels).to_levels(sums.view(inside.shape)) if ctx.needs_input_grad[1] else None
+        to_levels = ctx.cells.to_levels(sums.view(inside.shape)) if ctx.needs_input_grad[1] else None
         return ctx.layout.join(to_x) if ctx.needs_input_grad[0] else None, to_levels, None, None
 
 
@@ -106,9 +107,6 @@ class _Cells:
 
     Args:
         levels: (C, n).
-
-    Attributes:
-        nearest: (C, cells + 3) every cell's nearest level.
     """
 
     def __init__(self, levels: Tensor) -> None:
@@ -121,10 +119,18 @@ class _Cells:
         begun = torch.zeros(place.shape, dtype=torch.int64, device=levels.device)
         begun.scatter_add_(1, first, torch.ones_like(first))
         self._left = begun.cumsum(1).sub_(1).clamp_(0, levels.shape[1] - 2)
-        below, above = (torch.gather(levels, 1, index) for index in (self._left, self._left + 1))
+        below, above = self._beside()
         self._share = ((place - below) / (above - below).clamp_min(1e-30)).clamp_(0, 1)
         self._upper = self._share >= 0.5
-        self.nearest = torch.cat((low, torch.where(self._upper, above, below), high), dim=1)
+
+    def _beside(self) -> tuple[Tensor, Tensor]:
+        return torch.gather(self._levels, 1, self._left), torch.gather(self._levels, 1, self._left + 1)
+
+    def nearest(self) -> Tensor:
+        """Every cell's nearest level, (C, cells + 3)."""
+        below, above = self._beside()
+        ends = self._levels[:, :1], self._levels[:, -1:]
+        return torch.cat((ends[0], torch.where(self._upper, above, below), ends[1]), dim=1)
 
     def to_levels(self, sums: Tensor) -> Tensor:
         """The levels' gradients, (C, n), from the sums of their values' gradients in every cell, (C, cells + 3)."""

@@ -229,6 +229,7 @@ class LevelsActivation:
         device: Where it is learned.
 
     Attributes:
+        channels: How many have levels of their own; 1 where all share them.
         scale: Stands for the step: its factors are the leaf, its value is the scale of the stored codes.
     """
 
@@ -236,6 +237,7 @@ class LevelsActivation:
         assert quantizer.table is not None
         self._quantizer = quantizer
         levels = np.atleast_2d(quantizer.dequantize(quantizer.table))
+        self.channels = len(levels)
         self.scale = _Gaps(torch.as_tensor(levels, device=device))
 
     def advance(self, share: float) -> None:

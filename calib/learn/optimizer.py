@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping
 import torch
 
 from postquant.calib.learn.adaptive import AdaptiveActivation
-from postquant.calib.learn.block_quantizers import BlockQuantizers
+from postquant.calib.learn.block_quantizers import BlockQuantizers, Step
 from postquant.calib.learn.borders import BorderedActivation
+from postquant.calib.learn.levels import LevelsActivation
 from postquant.calib.learn.recipe import Recipe, Rounding
 
 Tensor = torch.Tensor
+# The rate of the levels of single channels, in units of that of steps: each of them sees few values in a step.
+_CHANNELS = 0.1
 
 
 def make_optimizer(
@@ -33,7 +36,8 @@ def make_optimizer(
         ([w.variable for w in weights], recipe.rounding_rate, recipe.rounding is Rounding.FREE),
         *(([bias.values], recipe.bias_rate * sizes[name], True) for name, bias in quantizers.biases.items()),
         ([w.scale.factor for w in weights], recipe.weight_scale_rate, True),
-        ([s.scale.factor for s in steps], recipe.step_rate, True),
+        ([s.scale.factor for s in steps if not _of_channels(s)], recipe.step_rate, True),
+        ([s.scale.factor for s in steps if _of_channels(s)], _CHANNELS * recipe.step_rate, True),
         ([p for s in steps if isinstance(s, BorderedActivation) for p in s.parameters()], recipe.border_rate, True),
         ([s.weights for s in steps if isinstance(s, AdaptiveActivation)], recipe.adaptive_rate, True),
     ]
@@ -47,6 +51,10 @@ def make_optimizer(
             group["lr"] = rate * share if falls else rate
 
     return optimizer, schedule
+
+
+def _of_channels(step: Step) -> bool:
+    return isinstance(step, LevelsActivation) and step.channels > 1
 
 
 def learned_leaves(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -74,7 +74,6 @@ def quantizer_contest(isas: list[str]) -> Contest:
     models = Quantizers()
     feeds, codes = {"x": models.x}, {"x": models.codes}
     found = [Contestant("QuantizeLinear", models.linear(), feeds)]
-    found.append(Contestant("code book of an activation", models.lookup(), codes))
     ours = {
         "AdaptiveQuantize, channel means, hidden 8": (models.adaptive(1, 8), feeds),
         "AdaptiveQuantize, deviation and maximum": (models.adaptive(6, 1), feeds),

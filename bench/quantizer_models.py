@@ -98,24 +98,6 @@ class Quantizers:
         }
         return self._model("LutRequantize", constants, {"axis": -3})
 
-    def lookup(self) -> bytes:
-        """Codes of 8 bits to their levels: what an activation's code book is in a file."""
-        nodes = [
-            helper.make_node("Shape", ["x"], ["shape"]),
-            helper.make_node("Reshape", ["x", "ends"], ["flat"]),
-            helper.make_node("Cast", ["flat"], ["index"], to=onnx.TensorProto.INT32),
-            helper.make_node("GatherElements", ["table", "index"], ["levels"]),
-            helper.make_node("Reshape", ["levels", "shape"], ["codes"]),
-        ]
-        ends = numpy_helper.from_array(np.array([-1]), "ends")
-        table = numpy_helper.from_array((np.arange(256) // 16 * 17).astype(np.uint8), "table")
-        x, codes = (
-            helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, self.x.shape) for name in ("x", "codes")
-        )
-        graph = helper.make_graph(nodes, "lookup", [x], [codes], [table, ends])
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR)
-        return bytes(model.SerializeToString())
-
     @staticmethod
     def _stored() -> dict[str, Array]:
         return {"x_scale": np.asarray(0.02, np.float32), "x_zero_point": np.asarray(0, np.uint8)}

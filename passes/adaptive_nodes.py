@@ -14,13 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from postquant.passes.qdq import Builder
-from postquant.runtime_ops.ops import functions_for
 from postquant.runtime_ops.quantizer import TensorQuantizer
-from postquant.runtime_ops.schema import DOMAIN, VERSION
+from postquant.runtime_ops.schema import DOMAIN
 
 ADAPTIVE = "AdaptiveQuantize"
-# Functions came with IR version 8.
-_LEAST_IR_VERSION = 8
 
 
 def is_adaptive(node: ir.Node | None) -> bool:
@@ -71,17 +68,6 @@ def adaptive_quantize_dequantize(
     else:
         graph.insert_before(next(iter(graph)), nodes)
     return build.barrier(result)
-
-
-def add_adaptive_function(model: ir.Model) -> None:
-    """Gives a model the definition of AdaptiveQuantize, if it has such a node."""
-    if not any(is_adaptive(node) for node in model.graph):
-        return
-    model.graph.opset_imports[DOMAIN] = VERSION
-    model.ir_version = max(model.ir_version, _LEAST_IR_VERSION)
-    for proto in functions_for([ADAPTIVE], opset=model.graph.opset_imports[""]):
-        function = ir.serde.deserialize_function(proto)
-        model.functions[function.identifier()] = function
 
 
 def adaptive_differences(node: ir.Node, quantizer: TensorQuantizer, arrays: list[np.ndarray]) -> list[str]:

@@ -15,13 +15,10 @@ import numpy as np
 import onnx_ir as ir
 
 from postquant.passes.qdq import Builder
-from postquant.runtime_ops.ops import functions_for
 from postquant.runtime_ops.quantizer import TensorQuantizer
-from postquant.runtime_ops.schema import DOMAIN, VERSION
+from postquant.runtime_ops.schema import DOMAIN
 
 BORDER = "BorderQuantize"
-# Functions came with IR version 8.
-_LEAST_IR_VERSION = 8
 
 
 def is_border(node: ir.Node | None) -> bool:
@@ -66,17 +63,6 @@ def border_quantize_dequantize(
     else:
         graph.insert_before(next(iter(graph)), nodes)
     return result
-
-
-def add_border_function(model: ir.Model) -> None:
-    """Gives a model the definition of BorderQuantize, if it has such a node."""
-    if not any(is_border(node) for node in model.graph):
-        return
-    model.graph.opset_imports[DOMAIN] = VERSION
-    model.ir_version = max(model.ir_version, _LEAST_IR_VERSION)
-    for proto in functions_for([BORDER], opset=model.graph.opset_imports[""]):
-        function = ir.serde.deserialize_function(proto)
-        model.functions[function.identifier()] = function
 
 
 def _value(build: Builder, name: str, dtype: ir.DataType, like: ir.Value) -> ir.Value:

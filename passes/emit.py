@@ -26,11 +26,12 @@ import numpy as np
 import onnx_ir as ir
 
 from postquant.passes import semantics
-from postquant.passes.adaptive_nodes import adaptive_quantize_dequantize, add_adaptive_function
+from postquant.passes.adaptive_nodes import adaptive_quantize_dequantize
 from postquant.passes.barriers import add_barriers
 from postquant.passes.biases import bias_scale, bias_values, integer_bias, weight_scale
-from postquant.passes.border_nodes import add_border_function, border_quantize_dequantize
-from postquant.passes.lookup_nodes import add_lookup_function, lookup_dequantize
+from postquant.passes.border_nodes import border_quantize_dequantize
+from postquant.passes.domain_functions import add_functions
+from postquant.passes.lookup_nodes import lookup_dequantize
 from postquant.passes.lut_nodes import FEW_BITS, pack_weights
 from postquant.passes.plan import QuantPlan
 from postquant.passes.qdq import Builder
@@ -83,12 +84,10 @@ def emit(
         copy.ir_version = max(copy.ir_version, _INT4_IR_VERSION)
     emission = _Emission(copy, plan, weight_storage, integer_clips=integer_clips)
     emission.run()
-    add_border_function(copy)
-    add_adaptive_function(copy)
-    add_lookup_function(copy)
     if weight_storage is WeightStorage.PACKED:
         pack_weights(copy, emission.build, emission.narrow_weights, exact_post=exact_post)
         emission.drop_unread_constants()
+    add_functions(copy)
     return copy
 
 

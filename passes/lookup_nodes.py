@@ -23,14 +23,11 @@ from postquant.passes.qdq import Builder
 from postquant.runtime_ops.code_book import CodeBook
 from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.integer import Affine
-from postquant.runtime_ops.ops import functions_for
 from postquant.runtime_ops.quantizer import TensorQuantizer
-from postquant.runtime_ops.schema import DOMAIN, VERSION
+from postquant.runtime_ops.schema import DOMAIN
 from postquant.runtime_ops.spec import QuantSpec
 
 LOOKUP = "LutRequantize"
-# Functions came with IR version 8.
-_LEAST_IR_VERSION = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,17 +141,6 @@ def lookup_dequantize(
     ]
     graph.insert_after(dequantize, nodes)
     return result
-
-
-def add_lookup_function(model: ir.Model) -> None:
-    """Gives a model the definition of LutRequantize, if it has such a node."""
-    if not any(_is_operator(node) for node in model.graph):
-        return
-    model.graph.opset_imports[DOMAIN] = VERSION
-    model.ir_version = max(model.ir_version, _LEAST_IR_VERSION)
-    for proto in functions_for([LOOKUP], opset=model.graph.opset_imports[""]):
-        function = ir.serde.deserialize_function(proto)
-        model.functions[function.identifier()] = function
 
 
 def expand_lookups(graph: ir.Graph, build: Builder) -> None:

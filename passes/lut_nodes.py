@@ -35,17 +35,14 @@ from postquant.passes.lut_groups import Group, as_float_output, find_group, floa
 from postquant.passes.qdq import Builder
 from postquant.runtime_ops.code_book import CodeBook, Table, table_indices, uniform_table
 from postquant.runtime_ops.law_lut import pack_codes, row_bytes
-from postquant.runtime_ops.ops import functions_for
 from postquant.runtime_ops.post_lattice import plane_scales, two_planes
 from postquant.runtime_ops.quantizer import TensorQuantizer
-from postquant.runtime_ops.schema import DOMAIN, VERSION
+from postquant.runtime_ops.schema import DOMAIN
 
 CONV, MATMUL, MATMUL_TO_FLOAT = "LutQLinearConv", "LutQLinearMatMul", "LutMatMulIntegerToFloat"
 METADATA_KEY = "ai.postquant"
 # Weights of more bits are not packed.
 FEW_BITS = 4
-# Functions came with IR version 8.
-_LEAST_IR_VERSION = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,24 +103,16 @@ def pack_weights(
     """Packs what can be packed.
 
     Args:
-        model: An emitted model; changed in place. It gets the functions of the operators that it uses.
+        model: An emitted model; changed in place. The functions of its operators are the caller's.
         build: Adds initializers.
         quantizers: Weighted node -> its float weight's name and quantizer, of 4 or fewer bits.
         exact_post: Whether matrix products with POST weights become two planes.
     """
-    used: list[str] = []
     for node, (name, quantizer) in quantizers.items():
         group = find_group(node)
         if group is not None:
             planes = exact_post and quantizer.spec.code_book is CodeBook.POST
-            used.append(_Packing(model.graph, build, group, name, quantizer, planes=planes).run())
-    if not used:
-        return
-    model.graph.opset_imports[DOMAIN] = VERSION
-    model.ir_version = max(model.ir_version, _LEAST_IR_VERSION)
-    for proto in functions_for(used, opset=model.graph.opset_imports[""]):
-        function = ir.serde.deserialize_function(proto)
-        model.functions[function.identifier()] = function
+            _Packing(model.graph, build, group, name, quantizer, planes=planes).run()
 
 
 def code_bits(quantizer: TensorQuantizer) -> int:
@@ -156,8 +145,8 @@ class _Packing:
         shape = tuple(self.levels.shape.numpy())
         self.shape = shape[::-1] if self.turned else shape
 
-    def run(self) -> str:
-        """Does it; the operator."""
+    def run(self) -> None:
+        """Does it."""
         group, stored = self.group, self.group.output
         name = stored.name
         bias, bias_name, bias_shape = _bias(self.build, group, self.weight, self.shape[0])
@@ -182,10 +171,8 @@ class _Packing:
         assert made is not None
         made.name = group.node.name
         made.metadata_props[METADATA_KEY] = origin.to_json()
-        operator = MATMUL_TO_FLOAT if self.planes else made.op_type
         result.name, result.type, result.shape = name, stored.type, stored.shape
         self._rewire(stored, result)
-        return operator
 
     def _one(self, codes: ir.Value, bias: ir.Value) -> ir.Value:
         group = self.group

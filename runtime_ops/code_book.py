@@ -131,10 +131,12 @@ def nearest_codes(table: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     >>> nearest_codes(np.uint8([0, 10, 20, 255]))[[4, 5, 14, 138]].tolist()
     [0, 10, 10, 255]
     """
-    levels = table.astype(np.int64)
-    reached = (levels[..., :-1] + levels[..., 1:])[..., None] <= 2 * np.arange(256)
-    nearest: npt.NDArray[np.uint8] = np.take_along_axis(table, reached.sum(axis=-2), axis=-1)
-    return nearest
+    levels = table.reshape(-1, table.shape[-1])
+    # The first code that is not below a middle; how many middles a code has passed is which level it gets.
+    first = (levels[:, :-1].astype(np.intp) + levels[:, 1:] + 1) // 2
+    rows = 256 * np.arange(len(levels))[:, None]
+    passed = np.bincount((rows + first).ravel(), minlength=256 * len(levels)).reshape(-1, 256).cumsum(axis=1)
+    return np.take_along_axis(levels, passed, axis=1).reshape(*table.shape[:-1], 256)
 
 
 def table_rows(channels: int, axis: int) -> npt.NDArray[np.int32]:

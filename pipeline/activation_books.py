@@ -35,6 +35,8 @@ from postquant.pipeline.stage_log import StageLog
 # chosen by the outputs of the layers that read it, which need no large values as exactly as squared errors ask for
 # (docs/learning.md, "Even codes of activations").
 _WIDER = 2.0
+# Channels that are counted at a time, in 4 KiB each: 256 MiB.
+_MOST_CHANNELS = 1 << 16
 # Learning makes up for about half of what even codes lose (docs/learning.md, "Even codes of activations"): so much must
 # be gained in front of it.
 _WORTH_BEFORE_LEARNING_DB = 2 * WORTH_DB
@@ -89,7 +91,7 @@ def decide_activations(
         if asked:
             log.note(*_reasons(refused), "no activation of at most 4 bits can have a code book")
         return plan
-    job.progress.stage("code books of activations", len(job.source))
+    job.progress.stage("code books of activations", len(_passes(sites)) * len(job.source))
     books = with_code_books(model, plan, sites, job.source, job.progress.advance)
     trial = Trial(reference, job.source, threads=threads)
     before, after = trial.measure(model, plan), trial.measure(model, books)
@@ -124,18 +126,32 @@ def with_code_books(
         plan: A decided plan.
         sites: Its places (:func:`postquant.passes.level_plan.level_sites`).
         source: Calibration data.
-        progress: Called after every sample.
+        progress: Called after every sample of every pass.
     """
-    histograms = [_histogram(model, site) for site in sites]
-    session = make_session(model, outputs=list(dict.fromkeys(site.value for site in sites)))
-    for sample in source:
-        found = session.run(sample)
-        for site, histogram in zip(sites, histograms, strict=True):
-            histogram.update(found[site.value])
-        progress()
-    for site, histogram in zip(sites, histograms, strict=True):
-        plan = with_levels(plan, site, fit_levels(site.quantizer.spec, histogram, site.axis))
+    for part in _passes(sites):
+        histograms = [_histogram(model, site) for site in part]
+        session = make_session(model, outputs=list(dict.fromkeys(site.value for site in part)))
+        for sample in source:
+            found = session.run(sample)
+            for site, histogram in zip(part, histograms, strict=True):
+                histogram.update(found[site.value])
+            progress()
+        for site, histogram in zip(part, histograms, strict=True):
+            plan = with_levels(plan, site, fit_levels(site.quantizer.spec, histogram, site.axis))
     return plan
+
+
+def _passes(sites: Sequence[LevelSite]) -> list[list[LevelSite]]:
+    """Sites that are counted in one pass over the samples: as many as have the most channels together."""
+    passes: list[list[LevelSite]] = [[]]
+    channels = 0
+    for site in sites:
+        channels += site.channels
+        if channels > _MOST_CHANNELS and passes[-1]:
+            passes.append([])
+            channels = site.channels
+        passes[-1].append(site)
+    return passes
 
 
 def _histogram(model: ir.Model, site: LevelSite) -> ChannelHistogram:

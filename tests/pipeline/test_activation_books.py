@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import numpy as np
 import onnx_ir as ir
@@ -227,6 +228,24 @@ def test_rare_values_take_no_level(digits: Any, tmp_path: pathlib.Path, monkeypa
         assert isinstance(wide, TensorQuantizer)
         assert low - float(narrow.scale) <= float(narrow.range()[0])
         assert float(narrow.range()[1]) <= high + float(narrow.scale) < float(wide.range()[1])
+
+
+def test_wide_networks_take_several_passes(
+    digits: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feeds = [{"image": digits.calibration[index : index + 1]} for index in range(8)]
+    quantize(digits.model, feeds, dataclasses.replace(CONFIG, activations=Activations.INT), out=tmp_path / "even")
+    plan = QuantPlan.load(tmp_path / "even" / "plan.safetensors")
+    model = recover_float_model(ir.load(tmp_path / "even" / "model.onnx"), plan)
+    sites, _ = level_sites(model, plan)
+    source = open_calibration(feeds, model, CONFIG)
+    assert len(sites) > 1
+    progress = [Mock(), Mock()]
+    for most, told in zip((1 << 16, 1), progress, strict=True):
+        monkeypatch.setattr(activation_books, "_MOST_CHANNELS", most)
+        with_code_books(model, plan, sites, source, told).save(tmp_path / str(most))
+    assert [told.call_count for told in progress] == [8, 8 * len(sites)]
+    assert (tmp_path / "1").read_bytes() == (tmp_path / str(1 << 16)).read_bytes()
 
 
 def test_an_input_has_one_of_them() -> None:

@@ -61,7 +61,7 @@ def chain_of(node: ir.Node | None) -> Chain | None:
     codes, table, shape = cast.inputs[0], gather.inputs[0], _producer(last.inputs[1])
     if codes is None or table is None or not _is(shape, "Shape") or shape is None:
         return None
-    if shape.inputs[0] is not codes:
+    if shape.inputs[0] is not codes or not _has(cast, to=int(ir.DataType.INT32)) or not _has(gather, axis=0):
         return None
     nodes = (shape, cast, *reversed(middle), gather, last)
     parts: tuple[ir.Node, ...] = ()
@@ -71,7 +71,9 @@ def chain_of(node: ir.Node | None) -> Chain | None:
         if found is None or found[1].inputs[0] is not found[-1].inputs[0]:
             return None
         parts = tuple(reversed(found))
-        _, levels, counts, _, compared, sliced, sums = found
+        _, levels, counts, ones, compared, sliced, sums = found
+        if not (_has(levels, axis=1) and _has(counts, keepdims=0) and _has(ones, to=int(ir.DataType.INT32))):
+            return None
         constants = [levels.inputs[0], sums.inputs[1], sliced.inputs[1], compared.inputs[1], counts.inputs[1]]
         constants.append(middle[1].inputs[1])
     known = tuple(value for value in constants if is_fixed(value) and value is not None)
@@ -170,6 +172,11 @@ def _back(node: ir.Node | None, kinds: tuple[str, ...]) -> tuple[ir.Node, ...] |
         found.append(node)
         node = _producer(node.inputs[1 if kind == "GatherElements" else 0])
     return tuple(found)
+
+
+def _has(node: ir.Node, **attributes: int) -> bool:
+    found = {name: node.attributes.get(name) for name in attributes}
+    return all(value is not None and value.as_int() == attributes[name] for name, value in found.items())
 
 
 def _producer(value: ir.Value | None) -> ir.Node | None:

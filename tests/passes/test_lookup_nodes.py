@@ -226,6 +226,22 @@ def test_other_constants_are_found(
         assert lookup_differs(lookup, quantizer, stored)
 
 
+def test_a_chain_with_other_attributes_is_none(quantized: tuple[ir.Model, QuantPlan, Any]) -> None:
+    model, plan, _ = quantized
+    emitted = standard_model(emit(model, booked(model, plan, channels=True))).model
+    lookup = next(found for node in emitted.graph if (found := lookup_of(node)) is not None)
+    changed = 0
+    for node in lookup.nodes:
+        for name, attribute in tuple(node.attributes.items()):
+            other = {"axis": 1 - attribute.as_int(), "keepdims": 1, "to": int(ir.DataType.INT64)}[name]
+            node.attributes[name] = ir.AttrInt64(name, other)
+            assert not is_lookup(lookup.nodes[-1]), (node.op_type, name)
+            node.attributes[name] = attribute
+            changed += 1
+    assert changed == 5  # two GatherElements, two Casts, a ReduceSum
+    assert is_lookup(lookup.nodes[-1])
+
+
 def test_only_codes_of_8_bits_have_a_table(quantized: tuple[ir.Model, QuantPlan, Any]) -> None:
     model = quantized[0].clone()
     quantizer = quantizer_with_levels(_spec(), np.array([0.0, 0.1, 0.5, 3.0]))

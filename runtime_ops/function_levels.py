@@ -18,9 +18,8 @@ def lut_requantize(opset: int) -> onnx.FunctionProto:
     return onnx.parser.parse_function(_TEXT.replace("OPSET", str(opset)))
 
 
-_TEXT = """
-<domain: "ai.postquant", opset_import: ["" : OPSET]>
-LutRequantize <axis> (x, x_scale, x_zero_point, scale, zero_point, table) => (y) {
+# The code on the levels' grid of every code of x. Reads x_scale, x_zero_point, scale and zero_point.
+CODES = """
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
     code_count = Constant <value_int = 256> ()
@@ -36,7 +35,10 @@ LutRequantize <axis> (x, x_scale, x_zero_point, scale, zero_point, table) => (y)
     centered_real = Cast <to = 1> (centered)
     real = Mul (centered_real, x_scale)
     code = QuantizeLinear (real, scale, zero_point)
-    wide_code = Cast <to = 6> (code)
+"""
+
+# The nearest levels of the 256 codes wide_code in each row of table, one row behind the other; where each row begins.
+LEVELS = """
     doubled = Add (wide_code, wide_code)
     small_one = Cast <to = 6> (one)
     beyond = Add (doubled, small_one)
@@ -58,6 +60,19 @@ LutRequantize <axis> (x, x_scale, x_zero_point, scale, zero_point, table) => (y)
     level_count = Mul (channels, code_count)
     wide_offsets = Range (zero, level_count, code_count)
     flat_offsets = Cast <to = 6> (wide_offsets)
+"""
+
+_TEXT = (
+    """
+<domain: "ai.postquant", opset_import: ["" : OPSET]>
+LutRequantize <axis> (x, x_scale, x_zero_point, scale, zero_point, table) => (y) {
+"""
+    + CODES
+    + """
+    wide_code = Cast <to = 6> (code)
+"""
+    + LEVELS
+    + """
     axis_number = Constant <value_int: int = @axis> ()
     axis_dims = Reshape (axis_number, axis_one)
     behind = Sub (last, axis_dims)
@@ -72,3 +87,4 @@ LutRequantize <axis> (x, x_scale, x_zero_point, scale, zero_point, table) => (y)
     flat = GatherElements <axis = 0> (levels, flat_places)
     y = Reshape (flat, x_dims)
 }"""
+)

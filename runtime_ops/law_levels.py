@@ -53,6 +53,34 @@ def lut_requantize(
     >>> lut_requantize(np.uint8([[0, 12, 30], [0, 12, 30]]), *numbers, np.uint8([[0, 9], [1, 3]]), -2).tolist()
     [[0, 0, 9], [1, 1, 3]]
     """
+    code = level_codes(x_scale, x_zero_point, scale, zero_point)
+    check_table(table)
+    check_channels(x, len(table), axis)
+    levels = nearest_codes(table)[:, code]
+    if len(levels) == 1:
+        shared: Codes = levels[0][x]
+        return shared
+    return levels[law.along_axis(np.arange(len(levels)), x.ndim, axis), x]
+
+
+def level_codes(x_scale: Real, x_zero_point: Codes, scale: Real, zero_point: Codes) -> npt.NDArray[np.int32]:
+    """The code on the levels' grid of every code of the stored tensor: ``code`` above.
+
+    Args:
+        x_scale: () float32, > 0.
+        x_zero_point: () uint8.
+        scale: () float32, > 0, the step of the levels.
+        zero_point: () uint8, the level of 0.
+
+    Returns:
+        (256,) int32 from 0 to 255, which never falls.
+
+    Raises:
+        ModelError: If one is not what the operators read.
+
+    >>> level_codes(np.float32(0.5), np.uint8(1), np.float32(1), np.uint8(7))[:5].tolist()
+    [7, 7, 7, 8, 9]
+    """
     scalars: dict[str, npt.NDArray[Any]] = {
         "x_scale": x_scale,
         "x_zero_point": x_zero_point,
@@ -70,20 +98,14 @@ def lut_requantize(
             )
         if dtype.kind == "f" and not (np.isfinite(value) and value > 0):
             raise ModelError("a scale must be finite and positive", where=f"input {name}", found=str(value))
-    _check_table(table)
-    _check_channels(x, len(table), axis)
     # Huge quotients are infinite, and saturate.
     with np.errstate(over="ignore"):
         real = np.asarray((np.arange(256) - np.int64(x_zero_point)).astype(np.float32) * x_scale, np.float32)
-        code = law.quantize(real, scale, zero_point, qmin=0, qmax=255)
-    levels = nearest_codes(table)[:, code]
-    if len(levels) == 1:
-        shared: Codes = levels[0][x]
-        return shared
-    return levels[law.along_axis(np.arange(len(levels)), x.ndim, axis), x]
+        return law.quantize(real, scale, zero_point, qmin=0, qmax=255)
 
 
-def _check_table(table: Codes) -> None:
+def check_table(table: Codes) -> None:
+    """Raises ModelError if the levels are not (C, n) uint8 in sorted rows, C >= 1, 2 <= n <= 16."""
     if (
         table.dtype != np.uint8
         or table.ndim != 2
@@ -100,7 +122,8 @@ def _check_table(table: Codes) -> None:
         raise ModelError("the levels of a channel must be sorted", where="input table")
 
 
-def _check_channels(x: Codes, channels: int, axis: int) -> None:
+def check_channels(x: Codes, channels: int, axis: int) -> None:
+    """Raises ModelError if ``x`` has not so many channels on ``axis`` (any number of them for ``channels`` of 1)."""
     if not FIRST_AXIS <= axis <= -1:
         raise ModelError(
             "the axis is counted from the last one, which is -1",

@@ -16,6 +16,7 @@ from onnx.reference.op_run import OpRun
 from postquant.runtime_ops import (
     function_adaptive,
     function_border,
+    function_feedback,
     function_levels,
     function_lut,
     reference_ops,
@@ -96,6 +97,13 @@ OPERATORS: tuple[Operator, ...] = (
         schema_quantize.lut_requantize,
         reference_ops.LutRequantize,
         function_levels.lut_requantize,
+    ),
+    Operator(
+        "FeedbackRequantize",
+        1,
+        schema_quantize.feedback_requantize,
+        reference_ops.FeedbackRequantize,
+        function_feedback.feedback_requantize,
     ),
 )
 

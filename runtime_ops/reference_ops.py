@@ -10,6 +10,7 @@ from onnx.reference.op_run import OpRun
 from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.law_adaptive import AdaptiveStep, Feature, adaptive_quantize, adaptive_requantize
 from postquant.runtime_ops.law_border import Border, border_quantize
+from postquant.runtime_ops.law_feedback import Feedback, feedback_requantize
 from postquant.runtime_ops.law_levels import lut_requantize
 from postquant.runtime_ops.law_lut import (
     LutWeight,
@@ -208,3 +209,27 @@ class LutRequantize(OpRun):
         axis: int,
     ) -> tuple[Array]:
         return (lut_requantize(x, x_scale, x_zero_point, scale, zero_point, table, axis),)
+
+
+class FeedbackRequantize(OpRun):
+    """See :func:`postquant.runtime_ops.law_feedback.feedback_requantize`."""
+
+    op_domain = DOMAIN
+
+    def _run(
+        self,
+        x: Array,
+        x_scale: Array,
+        x_zero_point: Array,
+        scale: Array,
+        zero_point: Array,
+        table: Array,
+        group: Array,
+        left: Array,
+        left_scale: Array,
+        right: Array,
+        right_scale: Array,
+        axis: int,
+    ) -> tuple[Array]:
+        feedback = Feedback(group, left, left_scale, right, right_scale)
+        return (feedback_requantize(x, x_scale, x_zero_point, scale, zero_point, table, feedback, axis),)

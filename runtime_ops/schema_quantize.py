@@ -1,4 +1,4 @@
-"""ONNX schemas of AdaptiveQuantize, AdaptiveRequantize, BorderQuantize and LutRequantize."""
+"""ONNX schemas of Adaptive*, BorderQuantize, LutRequantize and FeedbackRequantize."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from onnx.defs import OpSchema
 from onnx.shape_inference import InferenceContext, InferenceError
 
 from postquant.runtime_ops.law_levels import FIRST_AXIS
-from postquant.runtime_ops.schema import dims_of, ints_of, make_schema, set_output
+from postquant.runtime_ops.schema import Dim, dims_of, ints_of, make_schema, set_output
 
 _FLOAT = "tensor(float)"
 _UINT8 = "tensor(uint8)"
@@ -21,6 +21,15 @@ _NETWORK = [
     ("w2", _FLOAT, "(1, H): second layer."),
     ("b2", _FLOAT, "(1,)."),
 ]
+_LEVELS = [
+    ("x", _UINT8, "One dimension or more."),
+    ("x_scale", _FLOAT, "Scalar, > 0."),
+    ("x_zero_point", _UINT8, "Scalar."),
+    ("scale", _FLOAT, "Scalar, > 0: the step of the levels."),
+    ("zero_point", _UINT8, "Scalar: the level of 0."),
+    ("table", _UINT8, "(C, n): sorted levels of each channel, 2 to 16; C of 1: of all."),
+]
+_AXIS = ("axis", OpSchema.AttrType.INT, "The channels' axis, counted from the last one: -8 to -1.")
 _CODE_RANGE = [
     ("qmin", OpSchema.AttrType.INT, "Smallest code, at least 0."),
     ("qmax", OpSchema.AttrType.INT, "Largest code, at most 255."),
@@ -97,18 +106,31 @@ def lut_requantize() -> OpSchema:
     return make_schema(
         "LutRequantize",
         "Quantizes codes again, to the nearest one of the few levels of all channels or of each.",
-        inputs=[
-            ("x", _UINT8, "One dimension or more."),
-            ("x_scale", _FLOAT, "Scalar, > 0."),
-            ("x_zero_point", _UINT8, "Scalar."),
-            ("scale", _FLOAT, "Scalar, > 0: the step of the levels."),
-            ("zero_point", _UINT8, "Scalar: the level of 0."),
-            ("table", _UINT8, "(C, n): sorted levels of each channel, 2 to 16; C of 1: of all."),
-        ],
+        inputs=_LEVELS,
         outputs=[("y", _UINT8, "The shape of x.")],
-        attributes=[("axis", OpSchema.AttrType.INT, "The channels' axis, counted from the last one: -8 to -1.")],
+        attributes=[_AXIS],
         types={},
         infer=_infer_levels,
+    )
+
+
+def feedback_requantize() -> OpSchema:
+    """The schema of FeedbackRequantize."""
+    return make_schema(
+        "FeedbackRequantize",
+        "Quantizes codes again, to few levels, groups of channels one after the other; each makes up for the errors.",
+        inputs=[
+            *_LEVELS,
+            ("group", _UINT8, "(C,): when each channel is rounded, 0 to 7."),
+            ("left", _INT8, "(R, C): coefficients of the errors of all channels at a point."),
+            ("left_scale", _FLOAT, "(R,)."),
+            ("right", _INT8, "(C, R)."),
+            ("right_scale", _FLOAT, "(C,)."),
+        ],
+        outputs=[("y", _UINT8, "The shape of x.")],
+        attributes=[_AXIS],
+        types={},
+        infer=_infer_feedback,
     )
 
 
@@ -130,16 +152,39 @@ def _infer_border(context: InferenceContext) -> None:
 
 
 def _infer_levels(context: InferenceContext) -> None:
-    dims, table, axis = dims_of(context, 0), dims_of(context, 5), ints_of(context, "axis")[0]
-    if not FIRST_AXIS <= axis <= -1:
-        raise InferenceError(f"axis {axis} is not counted from the last one: {FIRST_AXIS} to -1")
+    table = _check_table(context)
+    channels = None if table is None or table[0] == 1 else table[0]
+    _infer_channels(context, channels)
+
+
+def _infer_feedback(context: InferenceContext) -> None:
+    table, group = _check_table(context), dims_of(context, 6)
+    if group is not None and len(group) != 1:
+        raise InferenceError(f"the groups of channels have one dimension, not the shape {group}")
+    channels = None if group is None else group[0]
+    rows = None if table is None else table[0]
+    if isinstance(channels, int) and isinstance(rows, int) and rows not in (1, channels):
+        raise InferenceError(f"levels of {rows} channels are not those of {channels}")
+    # Coefficients that are not those of the channels are for the kernel to refuse.
+    _infer_channels(context, channels)
+
+
+def _check_table(context: InferenceContext) -> list[Dim] | None:
+    table = dims_of(context, 5)
     if table is not None and len(table) != 2:
         raise InferenceError(f"a table of levels has channels and levels, not the shape {table}")
-    channels = None if table is None else table[0]
+    return table
+
+
+def _infer_channels(context: InferenceContext, channels: Dim) -> None:
+    """The output has the shape of x, which has so many channels, or any number of them."""
+    dims, axis = dims_of(context, 0), ints_of(context, "axis")[0]
+    if not FIRST_AXIS <= axis <= -1:
+        raise InferenceError(f"axis {axis} is not counted from the last one: {FIRST_AXIS} to -1")
     if dims is not None:
         if not dims:
-            raise InferenceError("LutRequantize reads one dimension or more")
-        if isinstance(channels, int) and channels > 1:
+            raise InferenceError("codes have one dimension or more")
+        if isinstance(channels, int):
             found = dims[axis] if -axis <= len(dims) else 0
             if isinstance(found, int) and found != channels:
                 raise InferenceError(f"levels of {channels} channels on axis {axis} do not fit shape {dims}")

@@ -29,6 +29,7 @@ SHAPES: dict[str, tuple[dict[str, Any], list[Any], list[list[Any]]]] = {
     "AdaptiveRequantize": (STEP, ["N", 3, 5], [["N", 3, 5], ["N"]]),
     "BorderQuantize": ({"channels": 3, **CODES}, ["N", 3, 5, "W"], [["N", 3, 5, "W"]]),
     "LutRequantize": ({"axis": -3}, ["N", 3, 5, "W"], [["N", 3, 5, "W"]]),
+    "FeedbackRequantize": ({"axis": -2}, ["N", 3, 5, "W"], [["N", 3, 5, "W"]]),
 }
 
 
@@ -43,21 +44,28 @@ def registered(entry: Operator) -> Iterator[None]:
 
 
 def model(
-    entry: Operator, *, functions: bool, shape: list[Any] | None = None, table: list[Any] | None = None, **changes: Any
+    entry: Operator,
+    *,
+    functions: bool,
+    shape: list[Any] | None = None,
+    table: list[Any] | None = None,
+    group: list[Any] | None = None,
+    **changes: Any,
 ) -> onnx.ModelProto:
-    """A node whose operands are all graph inputs, of which only the first (and ``table``) has a known shape."""
+    """A node whose operands are all graph inputs, of which only the first (``table``, ``group``) has a known shape."""
     schema, (attributes, first, outputs) = entry.schema(), SHAPES[entry.name]
     element = {"tensor(float)": TensorProto.FLOAT, "tensor(int8)": TensorProto.INT8, "tensor(int32)": TensorProto.INT32}
     ranks = {"w1": 2, "w2": 2, "codes": 2, "border": 2, "left": 2, "right": 2, "window": 3}
-    if entry.name == "LutRequantize":
+    if entry.name in ("LutRequantize", "FeedbackRequantize"):
         ranks["table"] = 2
     inputs = []
     for i, p in enumerate(schema.inputs):
         vector = p.name in ("b1", "b2", "table", "w_scale", "bias") or p.name.endswith(("w_scale", "left_scale"))
-        vector = vector or p.name in ("window_scale", "right_scale")
+        vector = vector or p.name in ("window_scale", "right_scale", "group")
         rank = ranks.get(p.name, 1 if vector else 0)
         dims = (first if shape is None else shape) if i == 0 else [f"{p.name}{d}" for d in range(rank)]
         dims = table if p.name == "table" and table is not None else dims
+        dims = group if p.name == "group" and group is not None else dims
         inputs.append(helper.make_tensor_value_info(p.name, element.get(p.type_str, TensorProto.UINT8), dims))
     names = [p.name for p in schema.outputs]
     ends = [
@@ -131,6 +139,14 @@ def test_onnx_reads_files_with_functions_and_without(entry: Operator) -> None:
         ("LutRequantize", ["N", 4, 5, 5], {"table": [3, 16]}),
         ("LutRequantize", ["N", 3], {"table": [3, 16]}),
         ("LutRequantize", ["N", 3], {"table": [16]}),
+        ("FeedbackRequantize", [], {}),
+        ("FeedbackRequantize", ["N", 3], {"axis": 0}),
+        ("FeedbackRequantize", ["N", 3], {"axis": -9}),
+        ("FeedbackRequantize", ["N", 5, 5], {"group": [3]}),
+        ("FeedbackRequantize", [3], {"group": [3]}),
+        ("FeedbackRequantize", ["N", 3, 5], {"group": [3, 1]}),
+        ("FeedbackRequantize", ["N", 3, 5], {"table": [16]}),
+        ("FeedbackRequantize", ["N", 3, 5], {"table": [2, 16], "group": [3]}),
     ],
     ids=str,
 )

@@ -26,17 +26,12 @@ inline Lanes::Shorts Inner(Lanes::Ints low, Lanes::Ints high, float scale) {
                      Lanes::Nearest(Lanes::Limited(Lanes::Multiply(Lanes::Real(high), factor), least, most)));
 }
 
-// kRanks sums at kShorts points, so that residuals are read once for all of them. Pairs of channels are interleaved
-// within parts of a register; packing the sums puts the points back in order.
+// Adds to kRanks sums at kShorts points, so that residuals are read once for all of them. Pairs of channels are
+// interleaved within parts of a register; packing the sums puts the points back in order.
 template <std::size_t kRanks>
-inline void MixGroup(const std::int16_t* residual, std::size_t step, const std::int16_t* weights, std::size_t channels,
-                     const float* scale, std::int16_t* inner, std::size_t inner_step) {
+inline void AddResiduals(const std::int16_t* residual, std::size_t step, const std::int16_t* weights,
+                         std::size_t channels, Lanes::Ints (&low)[kRanks], Lanes::Ints (&high)[kRanks]) {
   const std::size_t even = Even(channels);
-  Lanes::Ints low[kRanks];
-  Lanes::Ints high[kRanks];
-  for (std::size_t r = 0; r < kRanks; ++r) {
-    low[r] = high[r] = Lanes::NoShorts();
-  }
   for (std::size_t c = 0; c < channels; c += 2) {
     const Lanes::Shorts first = Lanes::LoadShorts(residual + c * step);
     const Lanes::Shorts second = c + 1 < channels ? Lanes::LoadShorts(residual + (c + 1) * step) : Lanes::NoShorts();
@@ -48,6 +43,12 @@ inline void MixGroup(const std::int16_t* residual, std::size_t step, const std::
       high[r] = Lanes::AddProducts(high[r], high_pairs, weight);
     }
   }
+}
+
+// Scales and rounds these sums.
+template <std::size_t kRanks>
+inline void StoreInner(const Lanes::Ints (&low)[kRanks], const Lanes::Ints (&high)[kRanks], const float* scale,
+                       std::int16_t* inner, std::size_t inner_step) {
   for (std::size_t r = 0; r < kRanks; r += 2) {
     const Lanes::Shorts first = Inner(low[r], high[r], scale[r]);
     const std::size_t next = r + 1 < kRanks ? r + 1 : r;
@@ -56,25 +57,35 @@ inline void MixGroup(const std::int16_t* residual, std::size_t step, const std::
   }
 }
 
+// Calls group(r, number) for all ranks: as many of them at a time as there are registers for, and an even number but
+// for the last one.
+template <typename Group>
+inline void InRanks(std::size_t rank, const Group& group) {
+  std::size_t r = 0;
+  for (; r + Lanes::kRanks <= rank; r += Lanes::kRanks) {
+    group(r, std::integral_constant<std::size_t, Lanes::kRanks>());
+  }
+  for (; r + 2 <= rank; r += 2) {
+    group(r, std::integral_constant<std::size_t, 2>());
+  }
+  if (r < rank) {
+    group(r, std::integral_constant<std::size_t, 1>());
+  }
+}
+
 void Mix(const std::int16_t* residual, std::size_t step, const std::int16_t* weights, std::size_t channels,
          const float* scale, std::size_t rank, std::size_t count, std::int16_t* inner, std::size_t inner_step) {
   const std::size_t even = Even(channels);
   for (std::size_t p = 0; p < count; p += kShorts) {
-    std::size_t r = 0;
-    const auto group = [&](auto ranks) {
-      MixGroup<decltype(ranks)::value>(residual + p, step, weights + r * even, channels, scale + r,
-                                       inner + r / 2 * inner_step + 2 * p, inner_step);
-      r += decltype(ranks)::value;
-    };
-    while (r + Lanes::kRanks <= rank) {
-      group(std::integral_constant<std::size_t, Lanes::kRanks>());
-    }
-    while (r + 2 <= rank) {
-      group(std::integral_constant<std::size_t, 2>());
-    }
-    if (r < rank) {
-      group(std::integral_constant<std::size_t, 1>());
-    }
+    InRanks(rank, [&](std::size_t r, auto ranks) {
+      Lanes::Ints low[decltype(ranks)::value];
+      Lanes::Ints high[decltype(ranks)::value];
+      for (std::size_t i = 0; i < decltype(ranks)::value; ++i) {
+        low[i] = high[i] = Lanes::NoShorts();
+      }
+      AddResiduals(residual + p, step, weights + r * even, channels, low, high);
+      StoreInner(low, high, scale + r, inner + r / 2 * inner_step + 2 * p, inner_step);
+    });
   }
 }
 

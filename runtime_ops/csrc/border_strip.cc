@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "scratch.h"
+
 namespace postquant {
 namespace {
 
@@ -11,31 +13,6 @@ constexpr std::size_t kStripBytes = std::size_t{512} << 10;  // of scratch: half
 std::size_t Padded(std::size_t count) {
   return (count + quantize::kPadding - 1) / quantize::kPadding * quantize::kPadding;
 }
-
-// Scratch memory of a strip, cut into arrays that start where a line of the cache does: a register that is read across
-// two of them costs two reads.
-class Scratch {
- public:
-  static constexpr std::size_t kLine = 64;
-
-  explicit Scratch(void* data)
-      : next_(static_cast<unsigned char*>(data) + (kLine - reinterpret_cast<std::uintptr_t>(data) % kLine)) {}
-
-  template <typename T>
-  T* Take(std::size_t count) {
-    T* const taken = static_cast<T*>(static_cast<void*>(next_));
-    next_ += Bytes<T>(count);
-    return taken;
-  }
-
-  template <typename T>
-  static std::size_t Bytes(std::size_t count) {
-    return (count * sizeof(T) + kLine - 1) / kLine * kLine;
-  }
-
- private:
-  unsigned char* next_;
-};
 
 // Elements of the padded copy of one channel's residuals, and those that kernels read and write beyond it.
 std::size_t PaddedPlane(const BorderCoefficients& coefficients, const StripPlan& plan) {

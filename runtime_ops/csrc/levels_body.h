@@ -8,12 +8,38 @@
 namespace postquant::quantize {
 namespace {
 
-// Looking up is faster than more steps than these in registers of 16 bytes, or for few elements.
-constexpr std::size_t kMostShortSteps = 7;
 #if defined(POSTQUANT_LANES)
-constexpr std::size_t kMostLongSteps = kMostSteps;
-#else
-constexpr std::size_t kMostLongSteps = kMostShortSteps;
+// How many steps an element has passed, by a binary search in a register: 3, 7 or 15 at most.
+template <std::size_t kSteps>
+inline Lanes::Bytes SearchRegister(Lanes::Bytes x, Lanes::Bytes below, Lanes::Bytes reached) {
+  const Lanes::Bytes code = Lanes::Signed(x);
+  Lanes::Bytes passed = Lanes::SetByte(0);
+  for (std::size_t half = (kSteps + 1) / 2; half > 0; half /= 2) {
+    const auto middle = static_cast<std::int8_t>(half - 1);
+    const Lanes::Bytes limit = Lanes::Choose(below, Lanes::AddBytes(passed, Lanes::SetByte(middle)));
+    passed = Lanes::Raised(passed, code, limit, static_cast<std::int8_t>(half));
+  }
+  return Lanes::Choose(reached, passed);
+}
+
+template <std::size_t kSteps>
+inline void SearchLevels(const std::uint8_t* __restrict x, std::size_t count, const LevelMap& map,
+                         std::uint8_t* __restrict y) {
+  const Lanes::Bytes below = Lanes::Sixteen(map.below);
+  const Lanes::Bytes reached = Lanes::Sixteen(map.reached);
+  std::size_t i = 0;
+  for (; i + Lanes::kBytes <= count; i += Lanes::kBytes) {
+    Lanes::StoreRow(y + i, SearchRegister<kSteps>(Lanes::LoadRow(x + i), below, reached));
+  }
+  if (i > 0 && i < count) {  // some elements once more
+    i = count - Lanes::kBytes;
+    Lanes::StoreRow(y + i, SearchRegister<kSteps>(Lanes::LoadRow(x + i), below, reached));
+    i = count;
+  }
+  for (; i < count; ++i) {
+    y[i] = map.level[x[i]];
+  }
+}
 #endif
 
 // Compilers vectorise the loop over a block because its length and the number of steps are constants.
@@ -40,13 +66,13 @@ void LevelsOfSteps(const std::uint8_t* __restrict x, std::size_t count, const Le
   const std::uint8_t lowest = map.level[0];
   for (std::size_t s = 0; s < kSteps; ++s) {
     below[s] = map.below[s];
-    above[s] = map.above[s];
+    above[s] = map.reached[s + 1];
   }
   std::size_t i = 0;
-  for (; kSteps <= kMostLongSteps && i + kLong <= count; i += kLong) {
+  for (; i + kLong <= count; i += kLong) {
     CompareBlock<kSteps, kLong>(x + i, below, above, lowest, y + i);
   }
-  for (; kSteps <= kMostShortSteps && i + kFewestPoints <= count; i += kFewestPoints) {
+  for (; i + kFewestPoints <= count; i += kFewestPoints) {
     CompareBlock<kSteps, kFewestPoints>(x + i, below, above, lowest, y + i);
   }
   for (; i < count; ++i) {
@@ -54,13 +80,20 @@ void LevelsOfSteps(const std::uint8_t* __restrict x, std::size_t count, const Le
   }
 }
 
+// More than 7 steps are too many to compare with: searched where there are registers for that, else looked up.
 void Levels(const std::uint8_t* __restrict x, std::size_t count, const LevelMap& map, std::uint8_t* __restrict y) {
   if (map.steps <= 3) {
     LevelsOfSteps<3>(x, count, map, y);
   } else if (map.steps <= 7) {
     LevelsOfSteps<7>(x, count, map, y);
   } else {
-    LevelsOfSteps<kMostSteps>(x, count, map, y);
+#if defined(POSTQUANT_LANES)
+    SearchLevels<kMostSteps>(x, count, map, y);
+#else
+    for (std::size_t i = 0; i < count; ++i) {
+      y[i] = map.level[x[i]];
+    }
+#endif
   }
 }
 

@@ -21,6 +21,7 @@ void AddAdaptiveQuantize(const OrtApi* api, OperatorList* list);
 void AddAdaptiveRequantize(const OrtApi* api, OperatorList* list);
 void AddBorderQuantize(const OrtApi* api, OperatorList* list);
 void AddLutRequantize(const OrtApi* api, OperatorList* list);
+void AddFeedbackRequantize(const OrtApi* api, OperatorList* list);
 
 }  // namespace postquant
 

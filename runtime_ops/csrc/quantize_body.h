@@ -5,6 +5,7 @@
 #include "adaptive_body.h"
 #include "border_across_body.h"
 #include "border_body.h"
+#include "feedback_body.h"
 #include "levels_body.h"
 #include "quantize_kernels.h"
 
@@ -12,7 +13,8 @@ namespace postquant::quantize {
 namespace {
 
 constexpr Kernels kKernels = {PoolAnyFloat, PoolCodes, Quantize, Requantize, Border, Residual, SpreadRows,
-                              GatherRows,   Window,    Mix,      Combine,    Decide, Levels,  LevelsAcross};
+                              GatherRows,   Window,    Mix,      Combine,    Decide, Levels,  LevelsAcross,
+                              Feedback};
 
 }  // namespace
 }  // namespace postquant::quantize

@@ -1,5 +1,5 @@
-// Element-wise parts of AdaptiveQuantize, AdaptiveRequantize, BorderQuantize and LutRequantize, compiled per
-// instruction set.
+// What AdaptiveQuantize, AdaptiveRequantize, BorderQuantize, LutRequantize and FeedbackRequantize do with elements,
+// compiled per instruction set.
 //
 // Nothing here throws, allocates, makes threads or knows onnxruntime. Every set gives the same bits, except the order
 // in which `pool_float` adds up float64 numbers.
@@ -51,8 +51,8 @@ constexpr std::size_t kMostSteps = 15;
 struct LevelMap {
   std::uint8_t level[256];
   std::uint8_t steps;
-  std::int8_t below[kMostSteps];  // the last code before a step, minus 128; 127 behind the last step
-  std::uint8_t above[kMostSteps];  // the level from the step on
+  std::int8_t below[kMostSteps + 1];     // the last code before each step, minus 128; 127 behind the last step
+  std::uint8_t reached[kMostSteps + 1];  // the level after so many steps
 };
 
 // The steps of all channels, for elements of which each is another channel's: rows of `channels` numbers.
@@ -62,6 +62,50 @@ struct LevelRows {
   const std::uint8_t* lowest;  // [channels]
   const std::int8_t* below;    // [kMostSteps][channels]
   const std::uint8_t* above;   // [kMostSteps][channels]
+};
+
+// FeedbackRequantize: all numbers, with channels in the order of their groups.
+constexpr std::size_t kFeedbackGroups = 8;
+struct FeedbackPlan {
+  std::size_t channels;
+  std::size_t rank;
+  std::size_t groups;                 // those with channels
+  std::size_t ends[kFeedbackGroups];  // where they end in the order
+  const std::size_t* order;           // [channels]: their numbers
+  const LevelMap* maps;               // [channels, by number], or one; of codes on the levels' grid
+  std::size_t map_step;               // 0 for one
+  const std::int16_t* left;           // for one group after the other: [rank][Even(size)]
+  const float* left_scale;            // [rank]
+  const std::int16_t* right;          // [channels, in order][Even(rank)]
+  const float* right_scale;           // [channels, in order]
+  // The code on the levels' grid of a code of x: the same; or clip(round((code - x_zero_point) * x_scale * reciprocal)
+  // + zero_point), unless the reciprocal is 0; or what the table says.
+  bool same_codes;
+  float x_scale;
+  std::int32_t x_zero_point;
+  float reciprocal;
+  CodeRange range;
+  const std::uint8_t* codes;          // [256]
+};
+
+// Positions that are computed together: all channels of `count` of them, which follow each other `count` at a time.
+constexpr std::size_t kTilePositions = 64;
+struct FeedbackRun {
+  std::size_t first;  // element of channel 0
+  std::size_t count;
+};
+struct FeedbackTile {
+  std::size_t channel_step;  // elements from one channel to the next
+  std::size_t runs;
+  FeedbackRun run[kTilePositions];
+};
+
+// Memory of a tile.
+struct FeedbackScratch {
+  std::int32_t* sums;    // [rank][kTilePositions]
+  std::int16_t* inner;   // [Even(rank)][kTilePositions]
+  std::int16_t* errors;  // [channels of the largest group][kTilePositions]
+  std::uint8_t* rows;    // [channels][kTilePositions] if channel_step is 1
 };
 
 // For fewer elements of a channel, or channels of a row, than this a call is not worth it: look up each element.
@@ -105,6 +149,10 @@ struct Kernels {
   void (*levels)(const std::uint8_t* x, std::size_t count, const LevelMap& map, std::uint8_t* y);
   // The same for `count` rows of an element of each channel; at least kFewestPoints channels.
   void (*levels_across)(const std::uint8_t* x, std::size_t count, const LevelRows& rows, std::uint8_t* y);
+
+  // FeedbackRequantize at the positions of a tile; x and y do not overlap.
+  void (*feedback)(const FeedbackPlan& plan, const FeedbackTile& tile, const FeedbackScratch& scratch,
+                   const std::uint8_t* x, std::uint8_t* y);
 };
 
 const Kernels& BaselineKernels();

@@ -15,7 +15,13 @@
 //                                int16, twice as many; two registers of them interleaved; integers to int16 (the reverse)
 //     AddProducts                sums of products of pairs
 //     StorePairs                 two registers interleaved, in order
-//     StoreBytes                 integers of four registers, plus `shift`: bytes
+//     StoreBytes                 integers of four registers, plus `shift`: bytes, saturated
+//     LoadBytes                  bytes as integers
+//     Difference(a, b, limit)    bytes a - b as int16, at most `limit` in size
+//     Bytes, Sixteen, Choose     uint8, four times as many; the same 16 in each part of 16; those by the low bits of
+//                                others
+//     Signed                     bytes minus 128, whose order as int8 is that of the bytes
+//     Raised(v, a, b, step)      v, plus `step` where a > b as int8
 #ifndef POSTQUANT_CSRC_QUANTIZE_LANES_H_
 #define POSTQUANT_CSRC_QUANTIZE_LANES_H_
 
@@ -99,6 +105,35 @@ struct Lanes {
     _mm512_storeu_si512(p + 2 * kLanes, _mm512_permutex2var_epi64(low, second, high));
   }
   static void Store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+  static Ints LoadInts(const std::int32_t* p) { return _mm512_loadu_si512(p); }
+  static Ints LoadBytes(const std::uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Ints SetInt(std::int32_t value) { return _mm512_set1_epi32(value); }
+  static Ints SubtractInts(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+  static Shorts Difference(const std::uint8_t* a, const std::uint8_t* b, std::int16_t limit) {
+    const __m512i wide_a = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
+    const __m512i wide_b = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+    const __m512i least = _mm512_set1_epi16(static_cast<std::int16_t>(-limit));
+    return _mm512_min_epi16(_mm512_max_epi16(_mm512_sub_epi16(wide_a, wide_b), least), _mm512_set1_epi16(limit));
+  }
+  static void StoreShorts(std::int16_t* p, Shorts v) { _mm512_storeu_si512(p, v); }
+
+  using Bytes = __m512i;
+  static constexpr std::size_t kBytes = 64;
+  static Bytes LoadRow(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void StoreRow(std::uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
+  static Bytes SetByte(std::int8_t value) { return _mm512_set1_epi8(value); }
+  static Bytes AddBytes(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+  static Bytes Sixteen(const void* p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  }
+  static Bytes Choose(Bytes table, Bytes index) { return _mm512_shuffle_epi8(table, index); }
+  static Bytes Signed(Bytes v) { return _mm512_xor_si512(v, _mm512_set1_epi8(-128)); }
+  static Bytes Raised(Bytes v, Bytes a, Bytes b, std::int8_t step) {
+    return _mm512_mask_add_epi8(v, _mm512_cmpgt_epi8_mask(a, b), v, _mm512_set1_epi8(step));
+  }
+  static void StoreInts(std::int32_t* p, Ints v) { _mm512_storeu_si512(p, v); }
 
   static constexpr std::int32_t kSmallTable = 16;
   using Table = __m512;
@@ -185,6 +220,35 @@ struct Lanes {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 2 * kLanes), _mm256_permute2x128_si256(low, high, 0x31));
   }
   static void Store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+  static Ints LoadInts(const std::int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static Ints LoadBytes(const std::uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Ints SetInt(std::int32_t value) { return _mm256_set1_epi32(value); }
+  static Ints SubtractInts(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
+  static Shorts Difference(const std::uint8_t* a, const std::uint8_t* b, std::int16_t limit) {
+    const __m256i wide_a = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a)));
+    const __m256i wide_b = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
+    const __m256i least = _mm256_set1_epi16(static_cast<std::int16_t>(-limit));
+    return _mm256_min_epi16(_mm256_max_epi16(_mm256_sub_epi16(wide_a, wide_b), least), _mm256_set1_epi16(limit));
+  }
+  static void StoreShorts(std::int16_t* p, Shorts v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+
+  using Bytes = __m256i;
+  static constexpr std::size_t kBytes = 32;
+  static Bytes LoadRow(const std::uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void StoreRow(std::uint8_t* p, Bytes v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static Bytes SetByte(std::int8_t value) { return _mm256_set1_epi8(value); }
+  static Bytes AddBytes(Bytes a, Bytes b) { return _mm256_add_epi8(a, b); }
+  static Bytes Sixteen(const void* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  }
+  static Bytes Choose(Bytes table, Bytes index) { return _mm256_shuffle_epi8(table, index); }
+  static Bytes Signed(Bytes v) { return _mm256_xor_si256(v, _mm256_set1_epi8(-128)); }
+  static Bytes Raised(Bytes v, Bytes a, Bytes b, std::int8_t step) {
+    return _mm256_add_epi8(v, _mm256_and_si256(_mm256_cmpgt_epi8(a, b), _mm256_set1_epi8(step)));
+  }
+  static void StoreInts(std::int32_t* p, Ints v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 
   static constexpr std::int32_t kSmallTable = 16;
   struct Table {

@@ -44,6 +44,7 @@ OperatorList MakeOperators(const OrtApi* api) {
   postquant::AddAdaptiveRequantize(api, &list);
   postquant::AddBorderQuantize(api, &list);
   postquant::AddLutRequantize(api, &list);
+  postquant::AddFeedbackRequantize(api, &list);
   return list;
 }
 

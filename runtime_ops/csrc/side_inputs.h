@@ -9,7 +9,7 @@
 
 namespace postquant {
 
-constexpr std::size_t kMostInputs = 10;
+constexpr std::size_t kMostInputs = 11;
 
 // Indexed as the operator's inputs; entries below the first side input are empty.
 using Tensors = std::array<Tensor, kMostInputs>;

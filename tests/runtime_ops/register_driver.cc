@@ -89,6 +89,7 @@ void AddAdaptiveQuantize(const OrtApi*, OperatorList*) {}
 void AddAdaptiveRequantize(const OrtApi*, OperatorList*) {}
 void AddBorderQuantize(const OrtApi*, OperatorList*) {}
 void AddLutRequantize(const OrtApi*, OperatorList*) {}
+void AddFeedbackRequantize(const OrtApi*, OperatorList*) {}
 
 }  // namespace postquant
 

@@ -229,19 +229,11 @@ class Nodes:
             [helper.np_dtype_to_tensor_dtype(np.dtype(dtype))],
         )
 
-    def lut_matmul_to_float(
-        self,
-        rng: np.random.Generator,
-        *,
-        outer: Sequence[int] = (2,),
-        outputs: int = 5,
-        inputs: int = 7,
-        bits: int = 4,
-        dtype: Any = np.uint8,
-    ) -> Node:
-        """A LutMatMulIntegerToFloat."""
-        node = self.lut_matmul(rng, outer=outer, outputs=outputs, inputs=inputs, bits=bits, dtype=dtype)
-        node = node.changed(bias=rng.normal(0, 9, outputs).astype(np.float32), y_scale=None, y_zero_point=None)
+    def lut_matmul_to_float(self, rng: np.random.Generator, **sizes: Any) -> Node:
+        """A LutMatMulIntegerToFloat of the sizes of :meth:`lut_matmul`."""
+        node = self.lut_matmul(rng, **sizes)
+        bias = rng.normal(0, 9, len(node.inputs["bias"])).astype(np.float32)
+        node = node.changed(bias=bias, y_scale=None, y_zero_point=None)
         return dataclasses.replace(node, op="LutMatMulIntegerToFloat", result_types=[onnx.TensorProto.FLOAT])
 
     def adaptive(
@@ -344,6 +336,22 @@ class Nodes:
             {"x"},
             [onnx.TensorProto.UINT8],
         )
+
+    def feedback(
+        self, rng: np.random.Generator, *, rank: int = 3, rows: int | None = None, groups: Any = range(8), **levels: Any
+    ) -> Node:
+        """A FeedbackRequantize; ``rows`` of the table are the channels unless given, ``levels`` as of the method."""
+        node = self.levels(rng, channels=rows, **levels)
+        channels = node.inputs["x"].shape[node.attributes["axis"]]
+        # Inner sums and shifts of all sizes, some of them beyond the limits.
+        feedback = {
+            "group": rng.choice(np.array(groups, np.uint8), channels),
+            "left": rng.integers(-127, 128, (rank, channels)).astype(np.int8),
+            "left_scale": (rng.uniform(0, 0.04, rank) / math.sqrt(channels)).astype(np.float32),
+            "right": rng.integers(-127, 128, (channels, rank)).astype(np.int8),
+            "right_scale": (rng.uniform(-0.04, 0.04, channels) / math.sqrt(rank)).astype(np.float32),
+        }
+        return dataclasses.replace(node, op="FeedbackRequantize", inputs={**node.inputs, **feedback})
 
     def _lut(self, rng: np.random.Generator, outputs: int, terms: int, bits: int, dtype: Any) -> dict[str, Array]:
         # A step at which the outputs fill their range and sometimes leave it.

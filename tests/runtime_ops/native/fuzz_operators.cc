@@ -156,6 +156,17 @@ Node Adaptive(Draw& draw) {
   return node;
 }
 
+// left, left_scale, right and right_scale.
+void AddAcross(Draw& draw, Node* node, std::int64_t channels, std::int64_t rank) {
+  for (const auto& dims : {std::vector<std::int64_t>{rank, channels}, {rank}, {channels, rank}, {channels}}) {
+    node->inputs.push_back(Tensor(draw, dims.size() == 2 ? kInt8 : kFloat, dims));
+    OrtValue& made = node->inputs.back();
+    for (std::size_t i = 0; made.type == kInt8 && i < made.Count(); ++i) {
+      made.data[i] = made.data[i] == 128 ? 0 : made.data[i];
+    }
+  }
+}
+
 Node Border(Draw& draw) {
   Node node;
   node.name = "BorderQuantize";
@@ -177,38 +188,62 @@ Node Border(Draw& draw) {
   }
   node.inputs.push_back(std::move(window));
   node.inputs.push_back(Tensor(draw, kFloat, {channels}));
-  for (const auto& dims : {std::vector<std::int64_t>{rank, channels}, {rank}, {channels, rank}, {channels}}) {
-    node.inputs.push_back(Tensor(draw, dims.size() == 2 ? kInt8 : kFloat, dims));
-    OrtValue& made = node.inputs.back();
-    for (std::size_t i = 0; made.type == kInt8 && i < made.Count(); ++i) {
-      made.data[i] = made.data[i] == 128 ? 0 : made.data[i];
-    }
-  }
+  AddAcross(draw, &node, channels, rank);
   node.info.ints = {{"channels", channels}, {"qmin", 0}, {"qmax", qmax}};
   return node;
 }
 
-Node Levels(Draw& draw) {
-  Node node;
-  node.name = "LutRequantize";
+// Any shape, and how many of its axes lie behind the one before the channels'.
+std::vector<std::int64_t> LevelShape(Draw& draw, std::size_t* behind) {
   std::vector<std::int64_t> x;
   for (std::int64_t axis = draw.Between(1, 4); axis > 0; --axis) {
     x.push_back(draw.Between(0, 9));
   }
   x.push_back(draw.OneIn(2) ? draw.Between(1, 9) : draw.Between(10, 200));
-  const auto behind = static_cast<std::size_t>(draw.Between(1, static_cast<std::int64_t>(x.size())));
-  const std::int64_t channels = draw.OneIn(4) ? 1 : std::max<std::int64_t>(1, x[x.size() - behind]);
-  const std::int64_t levels = draw.Between(2, 16);
-  node.inputs.push_back(Tensor(draw, kUint8, x));
-  node.inputs.push_back(Tensor(draw, kFloat, {}, true));
-  node.inputs.push_back(Tensor(draw, kUint8, {}));
-  node.inputs.push_back(Tensor(draw, kFloat, {}, true));
-  node.inputs.push_back(Tensor(draw, kUint8, {}));
-  OrtValue table = Tensor(draw, kUint8, {channels, levels});
-  for (std::int64_t row = 0; row < channels; ++row) {
+  *behind = static_cast<std::size_t>(draw.Between(1, static_cast<std::int64_t>(x.size())));
+  return x;
+}
+
+void AddLevelInputs(Draw& draw, Node* node, const std::vector<std::int64_t>& x, std::int64_t rows,
+                    std::int64_t levels) {
+  node->inputs.push_back(Tensor(draw, kUint8, x));
+  node->inputs.push_back(Tensor(draw, kFloat, {}, true));
+  node->inputs.push_back(Tensor(draw, kUint8, {}));
+  node->inputs.push_back(Tensor(draw, kFloat, {}, true));
+  node->inputs.push_back(Tensor(draw, kUint8, {}));
+  OrtValue table = Tensor(draw, kUint8, {rows, levels});
+  for (std::int64_t row = 0; row < rows; ++row) {
     std::sort(table.data.get() + row * levels, table.data.get() + (row + 1) * levels);
   }
-  node.inputs.push_back(std::move(table));
+  node->inputs.push_back(std::move(table));
+}
+
+Node Levels(Draw& draw) {
+  Node node;
+  node.name = "LutRequantize";
+  std::size_t behind = 0;
+  const std::vector<std::int64_t> x = LevelShape(draw, &behind);
+  const std::int64_t channels = draw.OneIn(4) ? 1 : std::max<std::int64_t>(1, x[x.size() - behind]);
+  AddLevelInputs(draw, &node, x, channels, draw.Between(2, 16));
+  node.info.ints = {{"axis", -static_cast<std::int64_t>(behind)}};
+  return node;
+}
+
+Node Feedback(Draw& draw) {
+  Node node;
+  node.name = "FeedbackRequantize";
+  std::size_t behind = 0;
+  std::vector<std::int64_t> x = LevelShape(draw, &behind);
+  std::int64_t& channels = x[x.size() - behind];
+  channels = std::max<std::int64_t>(2, channels);
+  AddLevelInputs(draw, &node, x, draw.OneIn(3) ? 1 : channels, draw.Between(2, 16));
+  OrtValue group = Tensor(draw, kUint8, {channels});
+  const auto groups = static_cast<unsigned char>(draw.Between(1, 8));
+  for (std::size_t i = 0; i < group.Count(); ++i) {
+    group.data[i] = static_cast<unsigned char>(group.data[i] % groups);
+  }
+  node.inputs.push_back(std::move(group));
+  AddAcross(draw, &node, channels, draw.OneIn(3) ? draw.Between(1, 70) : draw.Between(1, 9));
   node.info.ints = {{"axis", -static_cast<std::int64_t>(behind)}};
   return node;
 }
@@ -312,8 +347,8 @@ bool RunNode(Node& node, bool constants, std::vector<OrtValue>* outputs) {
 
 bool RunBytes(const std::uint8_t* data, std::size_t size) {
   Draw draw(data, size);
-  constexpr Node (*kMakers[])(Draw&) = {Convolution, MatrixProduct, Adaptive, Border, Levels};
-  Node node = kMakers[draw.Byte() % 5](draw);
+  constexpr Node (*kMakers[])(Draw&) = {Convolution, MatrixProduct, Adaptive, Border, Levels, Feedback};
+  Node node = kMakers[draw.Byte() % 6](draw);
   if (draw.OneIn(2)) {
     Spoil(draw, &node);
   }

@@ -115,8 +115,8 @@ def test_unknown_sizes_stay_unknown(
     native: Native, nodes: Nodes, rng: np.random.Generator, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """onnxruntime compares what was inferred with what comes, and warns."""
-    makers = (nodes.lut_conv, nodes.lut_matmul, nodes.lut_matmul_to_float, nodes.adaptive, nodes.border, nodes.levels)
-    for node in (make(rng) for make in makers):
+    names = ("lut_conv", "lut_matmul", "lut_matmul_to_float", "adaptive", "border", "levels", "feedback")
+    for node in (getattr(nodes, name)(rng) for name in names):
         session = native.session(node.model(), severity=2)
         for output in session.get_outputs():
             assert all(size is None or isinstance(size, str) or size > 0 for size in output.shape)

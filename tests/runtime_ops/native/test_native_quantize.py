@@ -1,4 +1,4 @@
-"""Adaptive*, BorderQuantize and LutRequantize equal the NumPy law on every instruction set."""
+"""Adaptive*, BorderQuantize, LutRequantize and FeedbackRequantize equal the NumPy law on every instruction set."""
 
 from __future__ import annotations
 
@@ -114,6 +114,65 @@ def level_nodes(nodes: Nodes) -> dict[str, Node]:
     return made
 
 
+def feedback_nodes(nodes: Nodes) -> dict[str, Node]:
+    """Cases of FeedbackRequantize: positions around tiles, channels and ranks around registers, every axis."""
+    rng = np.random.default_rng(5)
+    made = {}
+    for points in (1, 2, 31, 32, 33, 49, 63, 64, 65, 127, 128, 200):
+        made[f"points{points}"] = nodes.feedback(rng, shape=(1, 13, points), axis=-2, rank=5)
+        made[f"samples{points}"] = nodes.feedback(rng, shape=(3, 13, points), axis=-2, rank=4)
+        made[f"last{points}"] = nodes.feedback(rng, shape=(1, points, 13), axis=-1, rank=3, count=4)
+    for rank in (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 24, 64, 65):
+        made[f"rank{rank}"] = nodes.feedback(rng, shape=(1, 21, 70), axis=-2, rank=rank, count=4)
+    for channels in (2, 3, 7, 8, 9, 31, 64, 100, 257, 515):
+        made[f"channels{channels}"] = nodes.feedback(rng, shape=(2, channels, 5, 9), rank=6, count=4)
+        made[f"tokens{channels}"] = nodes.feedback(rng, shape=(2, 41, channels), axis=-1, rank=6)
+    for axis in range(-8, 0):
+        shape = [3, 1, 2, 3, 1, 2, 5, 2]
+        shape[axis] = 11
+        made[f"axis{axis}"] = nodes.feedback(rng, shape=shape, axis=axis)
+    made["line"] = nodes.feedback(rng, shape=(9,), axis=-1)
+    made["pair"] = nodes.feedback(rng, shape=(2, 3), axis=-2, rank=1)
+    for groups in ((0,), (7,), (0, 1), (3, 5), (0, 7), (1, 2, 3)):
+        name = "".join(map(str, groups))
+        made[f"groups{name}"] = nodes.feedback(rng, shape=(1, 19, 150), axis=-2, groups=groups)
+    for count in (2, 4, 8, 16):
+        made[f"levels{count}"] = nodes.feedback(rng, shape=(2, 9, 130), axis=-2, count=count)
+        made[f"levels{count}_all"] = nodes.feedback(rng, shape=(2, 9, 130), axis=-2, count=count, rows=1)
+    # Codes that are the same, products, and divisions.
+    numbers = {"zero_point": np.asarray(7, np.uint8), "x_zero_point": np.asarray(7, np.uint8)}
+    same = nodes.feedback(rng, shape=(1, 9, 200), axis=-2, x_scale=0.02, scale=0.02)
+    made["same"] = same.changed(**numbers)
+    for index, (x_scale, scale) in enumerate([(0.5, 1.0), (1.0, 0.0131), (0.3, 0.2), (0.7, 0.1), (0.07, 0.14)]):
+        made[f"scales{index}"] = nodes.feedback(rng, shape=(1, 9, 200), axis=-2, x_scale=x_scale, scale=scale)
+    for index, (x_scale, scale) in enumerate([(1e-45, 1e-45), (3e38, 1e-38), (1e-38, 3e38), (3e38, 3e38), (1, 1e-40)]):
+        made[f"extreme{index}"] = nodes.feedback(rng, shape=(1, 9, 65), axis=-2, x_scale=x_scale, scale=scale)
+    return made | hard_feedback(nodes, rng)
+
+
+def hard_feedback(nodes: Nodes, rng: np.random.Generator) -> dict[str, Node]:
+    """The largest sums, ties, and products beyond float32 and below it."""
+    made = {}
+    node = nodes.feedback(rng, shape=(1, 1042, 40), axis=-2, rank=3, groups=(0, 1))
+    most = np.full((3, 1042), 127, np.int8)
+    most[:, 1040:] = [24, 0]
+    most[1] = -most[1]
+    ends = np.array([[0, 255]], np.uint8)
+    made["largest"] = node.changed(left=most, left_scale=np.full(3, 1e-7, np.float32), table=ends)
+    deep = nodes.feedback(rng, shape=(1, 3, 40), axis=-2, rank=1042, groups=(0, 1, 2))
+    made["deepest"] = deep.changed(right=most, left_scale=np.full(1042, 1.0, np.float32))
+    node = nodes.feedback(rng, shape=(2, 33, 70), axis=-2, rank=5)
+    for name, size in {"huge": 3e38, "tiny": 1e-45, "ties": 0.5, "units": 1.0, "zero": 0.0}.items():
+        scale = np.full(33, size, np.float32)
+        made[f"left_{name}"] = node.changed(left_scale=-scale[:5])
+        made[f"right_{name}"] = node.changed(right_scale=scale)
+        made[f"both_{name}"] = node.changed(right_scale=-scale, left_scale=scale[:5])
+    few = node.changed(left=np.sign(node.inputs["left"]), right=np.sign(node.inputs["right"]))
+    halves = np.full(33, 0.5, np.float32)
+    made["halves"] = few.changed(left_scale=halves[:5], right_scale=halves)
+    return made
+
+
 @pytest.mark.parametrize("isa", SETS)
 def test_adaptive_equals_the_law(native: Native, nodes: Nodes, isa: str, tmp_path: pathlib.Path) -> None:
     made = adaptive_nodes(nodes)
@@ -132,8 +191,14 @@ def test_levels_equal_the_law(native: Native, nodes: Nodes, isa: str, tmp_path: 
     native.check(native.run_apart(made, tmp_path, isa=isa, threads=(1, 2))[0], made)
 
 
+@pytest.mark.parametrize("isa", SETS)
+def test_feedback_equals_the_law(native: Native, nodes: Nodes, isa: str, tmp_path: pathlib.Path) -> None:
+    made = feedback_nodes(nodes)
+    native.check(native.run_apart(made, tmp_path, isa=isa, threads=(1, 2))[0], made)
+
+
 @pytest.mark.parametrize("optimize", [True, False])
-@pytest.mark.parametrize("op", ["lut_conv", "lut_matmul", "adaptive", "border", "levels"])
+@pytest.mark.parametrize("op", ["lut_conv", "lut_matmul", "adaptive", "border", "levels", "feedback"])
 def test_native_kernel_runs_not_the_body(
     native: Native, nodes: Nodes, rng: np.random.Generator, tmp_path: pathlib.Path, op: str, optimize: bool
 ) -> None:
@@ -200,5 +265,15 @@ def test_levels_computed_at_run_time(native: Native, nodes: Nodes, rng: np.rando
     for channels, count in ((5, 16), (1, 3), (200, 2), (5, 9)):
         shape = (2, max(channels, 5), 6, 7)
         each = nodes.levels(rng, shape=shape, channels=channels, count=count)
+        each = each.changed(fed=set(each.inputs))
+        np.testing.assert_array_equal(session.run(None, each.feeds)[0], each.expected()[0])
+
+
+def test_feedback_computed_at_run_time(native: Native, nodes: Nodes, rng: np.random.Generator) -> None:
+    """Groups and coefficients are read on every run, of any number of channels and any rank."""
+    node = nodes.feedback(rng)
+    session = native.session(node.changed(fed=set(node.inputs)).model(), threads=2)
+    for channels, rank, rows in ((5, 3, 5), (2, 1, 1), (200, 9, 200), (5, 70, 1)):
+        each = nodes.feedback(rng, shape=(2, channels, 6, 7), rank=rank, rows=rows)
         each = each.changed(fed=set(each.inputs))
         np.testing.assert_array_equal(session.run(None, each.feeds)[0], each.expected()[0])

@@ -37,6 +37,7 @@ def some_of_each(nodes: Nodes) -> dict[str, Node]:
         "requantize": nodes.adaptive(rng, requantize=True),
         "border": nodes.border(rng, window=(3, 3), rank=2, table=True),
         "levels": nodes.levels(rng),
+        "feedback": nodes.feedback(rng),
     }
     matmul = nodes.lut_matmul(rng)
     made["computed"] = matmul.changed(fed=set(matmul.inputs))

@@ -1,0 +1,157 @@
+// FeedbackRequantize: codes of 8 bits become levels, groups of channels in turn, each of which makes up for the errors
+// of those before it at the same position.
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "feedback_coefficients.h"
+#include "level_maps.h"
+#include "operators.h"
+#include "quantize_kernels.h"
+#include "scratch.h"
+#include "side_inputs.h"
+#include "workspace.h"
+
+namespace postquant {
+namespace {
+
+using quantize::FeedbackPlan;
+using quantize::FeedbackScratch;
+using quantize::FeedbackTile;
+using quantize::kTilePositions;
+
+constexpr std::size_t kTaskElements = 8192;  // about what is worth handing to another thread
+
+std::size_t ScratchBytes(const FeedbackPlan& plan, std::size_t largest_group, bool rows) {
+  return Scratch::kLine + Scratch::Bytes<std::int32_t>(plan.rank * kTilePositions) +
+         Scratch::Bytes<std::int16_t>(quantize::Even(plan.rank) * kTilePositions) +
+         Scratch::Bytes<std::int16_t>(largest_group * kTilePositions) +
+         (rows ? Scratch::Bytes<std::uint8_t>(plan.channels * kTilePositions) : 0);
+}
+
+FeedbackScratch Cut(const FeedbackPlan& plan, std::size_t largest_group, bool rows, void* memory) {
+  Scratch scratch(memory);
+  FeedbackScratch cut{};
+  cut.sums = scratch.Take<std::int32_t>(plan.rank * kTilePositions);
+  cut.inner = scratch.Take<std::int16_t>(quantize::Even(plan.rank) * kTilePositions);
+  cut.errors = scratch.Take<std::int16_t>(largest_group * kTilePositions);
+  if (rows) {
+    cut.rows = scratch.Take<std::uint8_t>(plan.channels * kTilePositions);
+    // What is beyond the positions of a tile is read, whatever it is.
+    std::fill(cut.rows, cut.rows + plan.channels * kTilePositions, std::uint8_t{0});
+  }
+  return cut;
+}
+
+// Positions `begin` to `end` of [outer][channels][inner].
+FeedbackTile TileOf(std::size_t begin, std::size_t end, std::size_t channels, std::size_t inner) {
+  FeedbackTile tile;
+  tile.channel_step = inner;
+  tile.runs = 0;
+  while (begin < end) {
+    const std::size_t count = std::min(end - begin, inner - begin % inner);
+    tile.run[tile.runs++] = {begin / inner * channels * inner + begin % inner, count};
+    begin += count;
+  }
+  return tile;
+}
+
+class FeedbackRequantize {
+ public:
+  static const Signature& GetSignature() {
+    static const Signature signature = {"FeedbackRequantize",
+                                        {{"x", abi::kUint8},
+                                         {"x_scale", abi::kFloat},
+                                         {"x_zero_point", abi::kUint8},
+                                         {"scale", abi::kFloat},
+                                         {"zero_point", abi::kUint8},
+                                         {"table", abi::kUint8},
+                                         {"group", abi::kUint8},
+                                         {"left", abi::kInt8},
+                                         {"left_scale", abi::kFloat},
+                                         {"right", abi::kInt8},
+                                         {"right_scale", abi::kFloat}},
+                                        {{"y", abi::kUint8}}};
+    return signature;
+  }
+
+  explicit FeedbackRequantize(const NodeInfo& info)
+      : identity_(info.identity()),
+        behind_(static_cast<std::size_t>(-1 - info.Int("axis", -static_cast<std::int64_t>(Shape::kMaxRank), -1))),
+        inputs_(info, kLevelXScale),
+        kernels_(quantize::SelectedKernels()) {
+    if (inputs_.all_constant()) {
+      coefficients_ = std::make_unique<FeedbackCoefficients>(identity_, kernels_, inputs_.constants());
+    }
+  }
+
+  const Identity& identity() const { return identity_; }
+
+  void Compute(const Run& run) const {
+    const Tensor x = run.Input(kLevelX);
+    if (coefficients_ != nullptr) {
+      Requantize(run, *coefficients_, x);
+    } else {
+      const Tensors inputs = inputs_.Read(run);
+      Requantize(run, FeedbackCoefficients(identity_, kernels_, inputs), x);
+    }
+  }
+
+  static void InferShapes(const ShapeInference& inference) {
+    std::vector<Axis> axes;
+    if (inference.Input(kLevelX, &axes)) {
+      inference.SetOutput(0, abi::kUint8, axes);
+    }
+  }
+
+ private:
+  // Every task has some tiles of consecutive positions, whatever samples they belong to.
+  void Requantize(const Run& run, const FeedbackCoefficients& coefficients, const Tensor& x) const {
+    const FeedbackPlan& plan = coefficients.plan();
+    CheckChannels(identity_, x, plan.channels, behind_);
+    std::uint8_t* const y = run.Output<std::uint8_t>(0, x.shape);
+    if (x.count == 0 || y == nullptr) {
+      return;
+    }
+    const auto* const codes = x.As<std::uint8_t>();
+    const std::size_t positions = x.count / plan.channels;
+    const std::size_t inner = x.shape.Count(x.shape.rank() - behind_, x.shape.rank());
+    const std::size_t group =
+        std::max<std::size_t>(1, kTaskElements / (plan.channels * kTilePositions)) * kTilePositions;
+    std::atomic<bool> no_memory{false};
+    run.ParallelFor((positions + group - 1) / group, [&](std::size_t task) noexcept {
+      try {
+        const std::size_t largest = coefficients.largest_group();
+        const Workspace workspace(ScratchBytes(plan, largest, inner == 1));
+        const FeedbackScratch scratch = Cut(plan, largest, inner == 1, workspace.data());
+        const std::size_t end = std::min(positions, (task + 1) * group);
+        for (std::size_t begin = task * group; begin < end; begin += kTilePositions) {
+          const std::size_t stop = std::min(end, begin + kTilePositions);
+          kernels_.feedback(plan, TileOf(begin, stop, plan.channels, inner), scratch, codes, y);
+        }
+      } catch (const std::bad_alloc&) {
+        no_memory = true;
+      }
+    });
+    if (no_memory) {
+      throw std::bad_alloc();
+    }
+  }
+
+  Identity identity_;
+  std::size_t behind_;  // axes behind that of the channels
+  SideInputs inputs_;
+  const quantize::Kernels& kernels_;
+  std::unique_ptr<const FeedbackCoefficients> coefficients_;  // if all side inputs are constants
+};
+
+}  // namespace
+
+void AddFeedbackRequantize(const OrtApi* api, OperatorList* list) {
+  list->push_back(std::make_shared<CustomOp<FeedbackRequantize>>(api));
+}
+
+}  // namespace postquant

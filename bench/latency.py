@@ -32,6 +32,8 @@ from networks import network_contestants
 from quantizer_models import Quantizers
 from rounds import Contestant, Libraries, Runner, Times, compete
 
+# Shapes and ranks at which FeedbackRequantize runs.
+FEEDBACK = [((1, 512, 13, 13), 64), ((1, 144, 56, 56), 24)]
 ISAS = ["baseline", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx", "neondot"]
 
 
@@ -90,6 +92,16 @@ def quantizer_contest(isas: list[str]) -> Contest:
     return Contest("quantizers", "1x64x56x56", found)
 
 
+def feedback_contest(shape: tuple[int, ...], rank: int, isas: list[str]) -> Contest:
+    """Levels of channels with feedback and without it, and QuantizeLinear."""
+    models = Quantizers(shape)
+    codes = {"x": models.codes}
+    found = [Contestant("QuantizeLinear", models.linear(), {"x": models.x})]
+    found += Contestant.ours("LutRequantize, a table per channel", models.levels(), codes, isas)
+    found += Contestant.ours(f"FeedbackRequantize, rank {rank}", models.feedback(rank), codes, isas)
+    return Contest("quantizers", "x".join(map(str, shape)), found)
+
+
 def contests(options: argparse.Namespace, folder: pathlib.Path) -> Iterator[Contest]:
     """Every comparison that the options ask for."""
     if "layers" in options.parts:
@@ -98,6 +110,8 @@ def contests(options: argparse.Namespace, folder: pathlib.Path) -> Iterator[Cont
                 yield layer_contest(layer, options.bits, options.isa)
     if "quantizers" in options.parts:
         yield quantizer_contest(options.isa)
+        for shape, rank in FEEDBACK:
+            yield feedback_contest(shape, rank, options.isa)
     if "networks" in options.parts:
         for floating, quantized in options.network or []:
             ways = network_contestants(floating, quantized, options.isa, options.symbolic, folder)

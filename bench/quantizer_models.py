@@ -90,13 +90,33 @@ class Quantizers:
         Args:
             count: Levels of each.
         """
+        return self._model("LutRequantize", self._levels(count), {"axis": -3})
+
+    def feedback(self, rank: int, count: int = 16) -> bytes:
+        """FeedbackRequantize with a table for each channel and 8 groups.
+
+        Args:
+            rank: Rank across channels.
+            count: Levels of each.
+        """
+        channels = self._channels
         constants: dict[str, Array] = {
+            **self._levels(count),
+            "group": (np.arange(channels) % 8).astype(np.uint8),
+            "left": self._rng.integers(-127, 128, (rank, channels)).astype(np.int8),
+            "left_scale": np.full(rank, 1e-3, np.float32),
+            "right": self._rng.integers(-127, 128, (channels, rank)).astype(np.int8),
+            "right_scale": np.full(channels, 1e-3, np.float32),
+        }
+        return self._model("FeedbackRequantize", constants, {"axis": -3})
+
+    def _levels(self, count: int) -> dict[str, Array]:
+        return {
             **self._stored(),
             "scale": np.asarray(_STEP / 16, np.float32),
             "zero_point": np.asarray(0, np.uint8),
             "table": np.sort(self._rng.integers(0, 256, (self._channels, count)), axis=1).astype(np.uint8),
         }
-        return self._model("LutRequantize", constants, {"axis": -3})
 
     @staticmethod
     def _stored() -> dict[str, Array]:

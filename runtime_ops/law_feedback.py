@@ -8,8 +8,8 @@ At every position for itself, with ``code`` and the nearest level of
     y[c]  = nearest level of table[c] to clip(code[c] - shift, 0, 255)      for every channel c of the group
     e[c]  = clip(y[c] - code[c], -127, 127)
 
-So ``right diag(right_scale left_scale) left`` holds how much of the errors of earlier channels a channel takes over,
-like the plane that Babai's algorithm rounds to. The sums are of small integers, which float32 holds exactly in any
+So ``diag(right_scale) right diag(left_scale) left`` is how much of the errors of earlier channels a channel takes over,
+as towards the nearest plane of Babai's algorithm. The sums are of small integers, which float32 holds exactly in any
 order, and the rest is single float32 operations: every implementation gives the same bits.
 """
 

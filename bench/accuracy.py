@@ -24,6 +24,8 @@ from lines import add_output_options, write_lines
 from process import evaluate, work
 from worker import Job
 
+from postquant.runtime_ops.library import library_path
+
 QUANTIZERS = ("onnxruntime", "onnxruntime-percentile", "postquant")
 
 
@@ -38,7 +40,9 @@ def measure(
     )
     line: dict[str, Any] = {"model": case.name, "setting": setting.name, "quantizer": quantizer, **work(job)}
     if out.exists():
-        evaluation = evaluate(case, out, limit=options.limit, threads=options.threads, reference=True)
+        # It computes what the function bodies in the file do, to the bit.
+        library = library_path() if quantizer == "postquant" else None
+        evaluation = evaluate(case, out, limit=options.limit, threads=options.threads, reference=True, library=library)
         line |= {**evaluation, "model": case.name, "kb": out.stat().st_size / 1000}
         out.unlink()
     return line

@@ -38,6 +38,7 @@ from postquant.passes.qdq import Builder
 from postquant.passes.storage import reads_original
 from postquant.passes.target import WeightStorage
 from postquant.runtime_ops.errors import ModelError
+from postquant.runtime_ops.law_feedback import Feedback
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 # ONNX INT4 exists from here on.
@@ -224,7 +225,7 @@ class _Emission:
                 node.replace_input_with(int(index), result)
                 continue
             # Nodes that requantize a tensor alike share the result.
-            levels = None if entry.table is None else (entry.table.tobytes(), entry.table_axis)
+            levels = None if entry.table is None else (entry.table.tobytes(), entry.table_axis, _bytes(entry.feedback))
             same = (source, (entry.spec, float(entry.scale), int(entry.zero_point), levels))
             if same not in made and levels is not None:
                 made[same] = lookup_dequantize(self.graph, self.build, source, entry, f"{node_name}_input{index}")
@@ -279,6 +280,10 @@ class _Emission:
                 return
             self.overflowing_biases.add(bias.name)
         bias.const_value = ir.Tensor(values, name=bias.name)
+
+
+def _bytes(feedback: Feedback | None) -> tuple[bytes, ...]:
+    return () if feedback is None else tuple(array.tobytes() for array in feedback.arrays().values())
 
 
 def _producer(value: ir.Value) -> ir.Node:

@@ -4,6 +4,7 @@ A requantization whose quantizer has a code book becomes
 
     codes of the stored tensor -> LutRequantize (ai.postquant) -> DequantizeLinear -> the reader
 
+(FeedbackRequantize where channels make up for each other's errors)
 so that whatever makes the stored codes keeps its integer kernel, and so does the reader. Names are those of an ordinary
 requantization; the table is named after it. For receivers that know nothing of ``ai.postquant`` the operator becomes a
 chain of standard ones (:mod:`postquant.passes.lookup_chain`).
@@ -28,6 +29,8 @@ from postquant.runtime_ops.schema import DOMAIN
 from postquant.runtime_ops.spec import QuantSpec
 
 LOOKUP = "LutRequantize"
+# Where channels make up for each other's errors.
+FEEDBACK = "FeedbackRequantize"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +92,8 @@ def lookup_differs(lookup: Lookup, quantizer: TensorQuantizer, stored: Affine) -
     node = lookup.nodes[-1]
     expected: Mapping[str, npt.NDArray[np.generic]]
     if _is_operator(node):
+        if node.op_type != _operator(quantizer):
+            return True
         expected = _inputs(quantizer, stored)
         attribute = node.attributes.get("axis")
         if attribute is None or (quantizer.table_axis is not None and attribute.as_int() != quantizer.table_axis):
@@ -128,7 +133,7 @@ def lookup_dequantize(
             found="a float value" if codes is None else str(codes.dtype),
         )
     arrays = _inputs(quantizer, _numbers(dequantize))
-    own = [build.initializer(f"{name}_{part}", arrays[part]) for part in ("scale", "zero_point", "levels")]
+    own = [build.initializer(f"{name}_{part}", arrays[part]) for part in list(arrays)[2:]]
     levels = ir.Value(name=build.unique(f"{name}_quantized"), type=ir.TensorType(ir.DataType.UINT8), shape=source.shape)
     result = ir.Value(
         name=build.unique(f"{name}_dequantized"), type=ir.TensorType(ir.DataType.FLOAT), shape=source.shape
@@ -136,25 +141,31 @@ def lookup_dequantize(
     inputs = [codes, *dequantize.inputs[1:3], *own]
     axis = ir.AttrInt64("axis", -1 if quantizer.table_axis is None else quantizer.table_axis)
     nodes = [
-        ir.Node(DOMAIN, LOOKUP, inputs, [axis], outputs=[levels], name=levels.name),
+        ir.Node(DOMAIN, _operator(quantizer), inputs, [axis], outputs=[levels], name=levels.name),
         ir.Node("", "DequantizeLinear", [levels, *own[:2]], outputs=[result], name=result.name),
     ]
     graph.insert_after(dequantize, nodes)
     return result
 
 
-def expand_lookups(graph: ir.Graph, build: Builder) -> None:
-    """Every LutRequantize becomes its chain of standard operators; its output keeps its name.
+def expand_lookups(graph: ir.Graph, build: Builder) -> list[str]:
+    """Every LutRequantize becomes its chain of standard operators, every FeedbackRequantize that without feedback.
+
+    Outputs keep their names.
 
     Args:
         graph: Changed in place.
         build: Makes names and initializers of that graph.
+
+    Returns:
+        Names of the outputs of nodes that had a feedback.
     """
+    changed = []
     for node in tuple(graph):
         lookup = lookup_of(node) if _is_operator(node) else None
         if lookup is None:
             continue
-        x_scale, x_zero_point, scale, zero_point, table = (_array(value) for value in lookup.constants)
+        x_scale, x_zero_point, scale, zero_point, table = (_array(value) for value in lookup.constants[:5])
         axis = node.attributes["axis"].as_int() if len(table) > 1 else None
         spec = QuantSpec(table.shape[1].bit_length() - 1, signed=False, symmetric=False, code_book=CodeBook.LEARNED)
         levels = table if axis is not None else table[0]
@@ -164,16 +175,23 @@ def expand_lookups(graph: ir.Graph, build: Builder) -> None:
         stored = Affine(x_scale.astype(np.float32), x_zero_point.astype(np.int32), np.dtype(np.uint8))
         old = node.outputs[0]
         name, old.name = old.name or "", None
+        if node.op_type == FEEDBACK:
+            changed.append(name)
         made = ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8), shape=old.shape)
         prefix = name.removesuffix("_quantized")
         graph.insert_before(node, write_chain(build, lookup.codes, stored, quantizer, prefix, made))
         for use in tuple(old.uses()):
             use.node.replace_input_with(use.idx, made)
         graph.remove(node, safe=True)
+    return changed
 
 
 def _is_operator(node: ir.Node | None) -> bool:
-    return node is not None and node.domain == DOMAIN and node.op_type == LOOKUP
+    return node is not None and node.domain == DOMAIN and node.op_type in (LOOKUP, FEEDBACK)
+
+
+def _operator(quantizer: TensorQuantizer) -> str:
+    return LOOKUP if quantizer.feedback is None else FEEDBACK
 
 
 def _inputs(quantizer: TensorQuantizer, stored: Affine) -> dict[str, npt.NDArray[np.generic]]:
@@ -185,6 +203,7 @@ def _inputs(quantizer: TensorQuantizer, stored: Affine) -> dict[str, npt.NDArray
         "scale": quantizer.scale,
         "zero_point": quantizer.zero_point.astype(np.uint8),
         "levels": np.ascontiguousarray(np.atleast_2d(quantizer.table)),
+        **({} if quantizer.feedback is None else quantizer.feedback.arrays()),
     }
 
 

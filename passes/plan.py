@@ -25,6 +25,7 @@ import safetensors.numpy
 
 from postquant.runtime_ops.adaptive_module import AdaptiveModule
 from postquant.runtime_ops.errors import ModelError
+from postquant.runtime_ops.law_feedback import Feedback
 from postquant.runtime_ops.quantizer import TensorQuantizer
 from postquant.runtime_ops.rounding_border import RoundingBorder
 from postquant.runtime_ops.spec import QuantSpec
@@ -118,6 +119,9 @@ class QuantPlan:
                         arrays[f"{field}/{name}/table"] = np.ascontiguousarray(entry.table)
                     if entry.table_axis is not None:
                         arrays[f"{field}/{name}/table_axis"] = np.array(entry.table_axis, np.int32)
+                    if entry.feedback is not None:
+                        for part, array in entry.feedback.arrays().items():
+                            arrays[f"{field}/{name}/feedback/{part}"] = array
                     if entry.border is not None:
                         for part, array in entry.border.arrays().items():
                             arrays[f"{field}/{name}/border/{part}"] = array
@@ -173,6 +177,10 @@ class QuantPlan:
             parts = below(prefix)
             return AdaptiveModule.from_arrays(parts) if parts else None
 
+        def feedback(prefix: str) -> Feedback | None:
+            parts = below(prefix)
+            return Feedback.from_arrays(parts) if parts else None
+
         def axis(name: str) -> int | None:
             return int(arrays[name]) if name in arrays else None
 
@@ -191,6 +199,7 @@ class QuantPlan:
                         border(f"{key}/border/"),
                         adaptive(f"{key}/adaptive/"),
                         axis(f"{key}/table_axis"),
+                        feedback(f"{key}/feedback/"),
                     )
                     if f"{key}/scale" in arrays
                     else spec

@@ -27,6 +27,7 @@ import onnxruntime as ort
 from postquant.passes.skeleton import SMALL_BYTES, inline_tensor
 from postquant.passes.subgraph import Cut, find_cut, subgraphs, used_functions
 from postquant.runtime_ops.errors import ModelError
+from postquant.runtime_ops.library import library_path
 
 # Below this size of all weights a rearranged copy of them is no burden.
 _PREPACK_BYTES = 256 << 20
@@ -105,6 +106,17 @@ def custom_operators(libraries: Iterable[str | os.PathLike[str]]) -> Iterator[No
         yield
     finally:
         _LIBRARIES.reset(token)
+
+
+@contextlib.contextmanager
+def native_operators() -> Iterator[None]:
+    """Registers our own library with every session that is made inside the block, if it is there.
+
+    It computes what the function bodies do, to the bit, and faster. What a receiver will see is measured without it.
+    """
+    path = library_path()
+    with custom_operators([] if path is None else [path]):
+        yield
 
 
 def _absolute(libraries: Iterable[str | os.PathLike[str]]) -> list[str]:

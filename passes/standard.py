@@ -3,8 +3,8 @@
 Packed weights become int8 codes behind DequantizeLinear (:func:`postquant.passes.lut_expansion.with_qdq`): the same
 numbers, so that integer kernels fuse. BorderQuantize becomes QuantizeLinear and a Clip of codes: round to nearest,
 which is another number near its borders. AdaptiveQuantize becomes the same with its fixed step. LutRequantize becomes a
-chain of standard operators that computes the same. Other operators of the domain are replaced by the function bodies
-that the model carries.
+chain of standard operators that computes the same, and FeedbackRequantize one that takes the nearest level. Other
+operators of the domain are replaced by the function bodies that the model carries.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def standard_model(model: ir.Model) -> StandardModel:
     if copy is model:
         copy = model.clone()
     build = Builder(copy.graph)
-    expand_lookups(copy.graph, build)
-    changes = []
+    nearest = expand_lookups(copy.graph, build)
+    changes = [f"{name} has its nearest levels instead of an error feedback" for name in nearest]
     for node in tuple(copy.graph):
         if is_border(node):
             changes.append(f"{node.outputs[0].name} is rounded to nearest instead of by a rounding border")
@@ -81,9 +81,10 @@ def without_borders(plan: QuantPlan) -> QuantPlan:
     """The plan whose model :func:`standard_model` gives: rounding is to nearest, and steps are fixed."""
 
     def plain(entry: Entry) -> Entry:
-        if isinstance(entry, TensorQuantizer) and (entry.border is not None or entry.adaptive is not None):
-            return dataclasses.replace(entry, border=None, adaptive=None)
-        return entry
+        if not isinstance(entry, TensorQuantizer):
+            return entry
+        plain = entry.border is None and entry.adaptive is None and entry.feedback is None
+        return entry if plain else dataclasses.replace(entry, border=None, adaptive=None, feedback=None)
 
     return dataclasses.replace(
         plan,

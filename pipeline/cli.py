@@ -95,6 +95,7 @@ def quantize(
     smooth: Annotated[bool | None, option("smooth")] = None,
     bias_correction: Annotated[bool | None, option("bias_correction")] = None,
     border: Annotated[str | None, option("border")] = None,
+    feedback: Annotated[bool | None, option("feedback")] = None,
     adaptive_step: Annotated[bool | None, option("adaptive_step")] = None,
     learn: Annotated[bool | None, option("learn")] = None,
     effort: Annotated[str | None, option("effort")] = None,

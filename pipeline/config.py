@@ -224,6 +224,11 @@ class QuantConfig:
     cross_layer: bool | None = flag("cross-layer equalization", none="below 8 bits")
     smooth: bool | None = flag("SmoothQuant-style migration for MatMul", none="with easyquant")
     bias_correction: bool | None = flag("bias correction of the weight error", none="with easyquant")
+    feedback: bool | None = flag(
+        "channels of activations with code books make up for each other's rounding errors, by an operator of ours; "
+        "only where blocks are learned",
+        none="where it gains 1 dB",
+    )
     border: Border = choice(
         Border, "rounding borders, by an operator of ours, for activations of 4 and fewer bits", default=Border.AUTO
     )
@@ -336,6 +341,13 @@ class QuantConfig:
                 where="adaptive_step, learn",
                 expected="learn = true",
                 found="adaptive_step = true, learn = false",
+            )
+        if self.feedback and (not self.learn or self.activations is Activations.INT):
+            raise ConfigError(
+                "errors are fed back only where blocks are learned and activations have code books",
+                where="feedback, learn, activations",
+                expected='learn = true and activations = "lut" or "auto"',
+                found=f'learn = {str(self.learn).lower()}, activations = "{self.activations.value}"',
             )
         if self.fisher and not self.learn:
             raise ConfigError(

@@ -1,7 +1,7 @@
 """The way of the data, once, from top to bottom: :func:`run_pipeline`.
 
     simplify -> align inputs -> smooth -> bits -> place -> equalize -> ranges -> scale search -> biases
-    -> code books of activations -> learn -> borders -> emit -> verify
+    -> code books of activations -> error feedback -> learn -> borders -> emit -> verify
 
 A graph change is a pass on the model, a decision a function from plan to plan; the plan reaches the graph at *emit* and
 nowhere earlier. Techniques that may help or harm are kept only where the output error, measured on calibration samples
@@ -44,6 +44,7 @@ from postquant.passes.emit import emit
 from postquant.passes.equalize import EqualizePass
 from postquant.passes.free_memory import give_back_memory, release_weights
 from postquant.passes.plan import QuantPlan
+from postquant.passes.session import native_operators
 from postquant.pipeline.activation_books import decide_activations
 from postquant.pipeline.alignment import align_and_smooth
 from postquant.pipeline.allocation import Chosen, choose_bits, decide_bits, study
@@ -54,6 +55,7 @@ from postquant.pipeline.config import Method, QuantConfig
 from postquant.pipeline.containers import check_containers, least_opset, weight_storage
 from postquant.pipeline.describe import describe
 from postquant.pipeline.encodings.apply import apply_encodings
+from postquant.pipeline.feedback import decide_feedback
 from postquant.pipeline.input_readers import decide_input_readers
 from postquant.pipeline.job import Job, Outcome
 from postquant.pipeline.layer_reports import exact_post_note, float_reports, layer_reports, packing_note
@@ -107,8 +109,10 @@ def run_pipeline(job: Job) -> Outcome:
         measure_before_search(job, model, plan, log)
         plan = _search_scales(job, reference, model, plan, log, folder, threads, fixed=fixed)
         plan = decide_activations(job, reference, model, plan, log, threads=threads)
-        measure_before_learning(job, model, plan, log)
-        plan = learn(job, reference, model, plan, log, folder, threads=threads)
+        with native_operators():
+            plan = decide_feedback(job, reference, model, plan, log, threads=threads)
+            measure_before_learning(job, model, plan, log)
+            plan = learn(job, reference, model, plan, log, folder, threads=threads)
         measure_before_borders(job, model, plan, log)
         plan = decide_borders(job, reference, model, plan, log, threads=threads)
         job.progress.stage("emit")

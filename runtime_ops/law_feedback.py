@@ -16,6 +16,8 @@ order, and the rest is single float32 operations: every implementation gives the
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +82,32 @@ class Feedback:
                     expected=f"an absolute sum of at most {COEFFICIENT_WEIGHT}",
                     found=str(weight),
                 )
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return len(self.group)
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return len(self.left)
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """All arrays by name, in the order of the operator's inputs; :meth:`from_arrays` reads them back."""
+        return {field.name: np.ascontiguousarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Feedback:
+        """The inverse of :meth:`arrays`.
+
+        Raises:
+            ModelError: If an array is missing.
+        """
+        missing = [field.name for field in dataclasses.fields(cls) if field.name not in arrays]
+        if missing:
+            raise ModelError("a part of an error feedback is missing", where=missing[0])
+        return cls(**{field.name: arrays[field.name] for field in dataclasses.fields(cls)})
 
     def _check_shapes(self) -> None:
         channels = len(self.group) if self.group.ndim == 1 else 0
@@ -154,8 +182,23 @@ def feedback_requantize(
             found=str(len(table)),
         )
     check_channels(x, channels, axis)
-    first = np.moveaxis(x, axis, 0)
-    y = _requantize(code[first.reshape(channels, -1)], nearest_codes(table), feedback)
+    return feedback_levels(code[x], nearest_codes(table), feedback, axis)
+
+
+def feedback_levels(codes: npt.NDArray[np.integer], nearest: Codes, feedback: Feedback, axis: int) -> Codes:
+    """What the operator makes of codes on the levels' grid.
+
+    Args:
+        codes: Integers from 0 to 255, C of them on ``axis``.
+        nearest: (1, 256) or (C, 256) uint8, the nearest level of every code.
+        feedback: Groups and coefficients of the C channels.
+        axis: The channels' axis, counted from the last one, -1.
+
+    Returns:
+        uint8 levels of the shape of ``codes``.
+    """
+    first = np.moveaxis(codes, axis, 0)
+    y = _requantize(first.reshape(feedback.channels, -1).astype(np.int32), nearest, feedback)
     return np.ascontiguousarray(np.moveaxis(y.reshape(first.shape), 0, axis))
 
 

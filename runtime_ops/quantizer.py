@@ -14,6 +14,7 @@ from postquant.runtime_ops.adaptive_module import AdaptiveModule
 from postquant.runtime_ops.code_book import CodeBook, nearest_codes, nearest_levels, post_table, table_rows
 from postquant.runtime_ops.law_adaptive import adaptive_quantize
 from postquant.runtime_ops.law_border import border_quantize
+from postquant.runtime_ops.law_feedback import Feedback, feedback_levels
 from postquant.runtime_ops.rounding_border import RoundingBorder
 from postquant.runtime_ops.spec import QuantSpec, Rounding
 
@@ -69,6 +70,7 @@ class TensorQuantizer:
         adaptive: Gives such an activation, with the zero point 0, a step per sample: ``scale`` times a factor.
         table_axis: Axis of the activation's channels, counted from the last one, -1, where the table has a row for
             each; else None.
+        feedback: How these channels make up for each other's errors; None where each is rounded to its nearest level.
     """
 
     spec: QuantSpec
@@ -79,6 +81,7 @@ class TensorQuantizer:
     border: RoundingBorder | None = None
     adaptive: AdaptiveModule | None = None
     table_axis: int | None = None
+    feedback: Feedback | None = None
 
     def __post_init__(self) -> None:
         scale = np.asarray(self.scale, np.float32)
@@ -94,6 +97,10 @@ class TensorQuantizer:
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "zero_point", zero_point)
         object.__setattr__(self, "table", _table(self.spec, self.table, self.table_axis))
+        if self.feedback is not None:
+            rows = 0 if self.table is None or self.table_axis is None else len(self.table)
+            if rows != self.feedback.channels:
+                raise ValueError(f"an error feedback of {self.feedback.channels} channels for {rows} rows of levels")
         if self.border is not None:
             if self.spec.signed or self.spec.bits > 8 or self.spec.axis is not None or self.codes is not None:
                 raise ValueError("a rounding border exists only for unsigned activations of at most 8 bits")
@@ -182,6 +189,8 @@ class TensorQuantizer:
                 return nearest[codes]
             if codes.ndim < -self.table_axis or codes.shape[self.table_axis] != len(nearest):
                 raise ValueError(f"a tensor {codes.shape} has no {len(nearest)} channels on axis {self.table_axis}")
+            if self.feedback is not None:
+                return feedback_levels(codes, nearest, self.feedback, self.table_axis)
             return np.take(nearest, table_rows(len(nearest), self.table_axis) + codes)
         scale = law.along_axis(self.scale, x.ndim, self.spec.axis)
         return nearest_levels(np.asarray(x, np.float32) / scale, self.table)

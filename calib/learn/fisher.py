@@ -24,7 +24,7 @@ from postquant.calib.learn.executor import constant_values, run_nodes, supported
 from postquant.calib.learn.learner import torch_limits
 from postquant.calib.prefix import spaced
 from postquant.calib.source import CalibrationSource
-from postquant.passes.session import make_session
+from postquant.passes.session import Session, make_session
 from postquant.passes.subgraph import node_sources
 from postquant.runtime_ops.errors import ModelError
 
@@ -90,6 +90,45 @@ def measure_importance(
     return Importance({name: found for name, found in weights.items() if found is not None}, reasons)
 
 
+def output_scales(
+    session: Session, names: Sequence[str], source: CalibrationSource, chosen: Sequence[int]
+) -> dict[str, float]:
+    """Root of 1 / (n V) of every output that is not constant, n its elements and V its variance.
+
+    Args:
+        session: Runs the float network.
+        names: Of outputs.
+        source: Calibration data.
+        chosen: Samples that are used.
+    """
+    if len(names) == 1:  # nothing to compare it with
+        return dict.fromkeys(names, 1.0)
+    sums = {name: [0.0, 0.0, 0.0] for name in names}
+    for sample in source.read(chosen):
+        for name, found in session.run(sample, names).items():
+            sizes = (found.size, found.sum(dtype=np.float64), np.square(found, dtype=np.float64).sum())
+            sums[name] = [total + float(size) for total, size in zip(sums[name], sizes, strict=True)]
+    energies = {name: square - total**2 / max(count, 1) for name, (count, total, square) in sums.items()}
+    varying = {name: energy for name, energy in energies.items() if energy > _CONSTANT * sums[name][2]}
+    return {name: (len(chosen) / energy) ** 0.5 for name, energy in varying.items()}
+
+
+def same_outputs(values: Mapping[str, Tensor], wanted: Sample) -> None:
+    """Torch computes what onnxruntime does.
+
+    Args:
+        values: Of torch, by name.
+        wanted: The outputs that onnxruntime gives, by name.
+
+    Raises:
+        ModelError: If it does not.
+    """
+    for name, array in wanted.items():
+        got, want = values[name].detach().cpu(), torch.from_numpy(np.array(array))
+        if got.shape != want.shape or not float((got - want).abs().max()) <= _SAME * float(want.abs().max()):
+            raise ModelError("in torch it differs from onnxruntime", where=name)
+
+
 class _Squares:
     """Sum over samples of squared gradients of one value; axes of different lengths are averaged."""
 
@@ -148,12 +187,12 @@ class _Tail:
         Raises:
             ModelError: If torch does not compute what onnxruntime does.
         """
-        scales = self._scales(source, chosen)
+        scales = output_scales(self._session, self._outputs, source, chosen)
         sums = {name: _Squares() for name in self._names}
         for index, found in enumerate(self._found(source, chosen)):
             values = self._run(found)
             if index == 0:
-                self._check(values, found)
+                same_outputs(values, {name: found[name] for name in self._outputs})
             outputs = {name: values[name] for name in scales if values[name].requires_grad}
             signs = [
                 (torch.randint(0, 2, value.shape, generator=generator) * 2 - 1).to(value) * scales[name]
@@ -173,19 +212,6 @@ class _Tail:
         """What onnxruntime gives and the user feeds, by name, for each sample."""
         for sample in source.read(chosen):
             yield {**sample, **self._session.run(sample)}
-
-    def _scales(self, source: CalibrationSource, chosen: Sequence[int]) -> dict[str, float]:
-        """Root of 1 / (n V) of every output that is not constant."""
-        sums = {name: [0.0, 0.0, 0.0] for name in self._outputs}
-        for sample in source.read(chosen) if len(sums) > 1 else ():
-            for name, found in self._session.run(sample, self._outputs).items():
-                sizes = (found.size, found.sum(dtype=np.float64), np.square(found, dtype=np.float64).sum())
-                sums[name] = [total + float(size) for total, size in zip(sums[name], sizes, strict=True)]
-        if len(sums) == 1:  # nothing to compare it with
-            return dict.fromkeys(sums, 1.0)
-        energies = {name: square - total**2 / max(count, 1) for name, (count, total, square) in sums.items()}
-        varying = {name: energy for name, energy in energies.items() if energy > _CONSTANT * sums[name][2]}
-        return {name: (len(chosen) / energy) ** 0.5 for name, energy in varying.items()}
 
     def _run(self, found: Sample) -> dict[str, Tensor]:
         """All values that matter, with the way back to the names."""
@@ -209,12 +235,6 @@ class _Tail:
         for name in names:
             follow(name)
         return values
-
-    def _check(self, values: Mapping[str, Tensor], found: Sample) -> None:
-        for name in self._outputs:
-            got, want = values[name].detach().cpu(), torch.from_numpy(np.array(found[name]))
-            if got.shape != want.shape or not float((got - want).abs().max()) <= _SAME * float(want.abs().max()):
-                raise ModelError("in torch it differs from onnxruntime", where=name)
 
 
 def _behind(model: ir.Model, name: str) -> list[ir.Node]:

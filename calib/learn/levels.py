@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from postquant.calib.activation_levels import quantizer_with_levels
+from postquant.calib.learn.feedback import FeedbackShift
 from postquant.calib.learn.pieces import PIECE
 from postquant.calib.learn.quantizers import DropMasks
 from postquant.runtime_ops.quantizer import TensorQuantizer
@@ -239,6 +240,8 @@ class LevelsActivation:
         levels = np.atleast_2d(quantizer.dequantize(quantizer.table))
         self.channels = len(levels)
         self.scale = _Gaps(torch.as_tensor(levels, device=device))
+        feedback, axis = quantizer.feedback, quantizer.table_axis
+        self._shift = None if feedback is None or axis is None else FeedbackShift(feedback, axis, device)
 
     def advance(self, share: float) -> None:
         """Told the share of the iterations that are done: nothing changes."""
@@ -250,11 +253,14 @@ class LevelsActivation:
 
     def simulate(self, x: Tensor, masks: DropMasks | None) -> Tensor:
         """``x`` behind the quantizer; where ``masks`` drops, it stays float."""
-        mask = None if masks is None else masks.like(x)
-        return level_quantize(x, self.scale.levels(), mask, self._quantizer.table_axis)
+        mask, levels = None if masks is None else masks.like(x), self.scale.levels()
+        if self._shift is not None:
+            x = x - self._shift(x.detach(), levels.detach(), mask)
+        return level_quantize(x, levels, mask, self._quantizer.table_axis)
 
     def learned(self) -> TensorQuantizer:
         """The quantizer with the learned levels."""
         levels = self.scale.levels().detach().cpu().numpy().astype(np.float64)
         axis = self._quantizer.table_axis
-        return quantizer_with_levels(self._quantizer.spec, levels[0] if axis is None else levels, axis)
+        found = quantizer_with_levels(self._quantizer.spec, levels[0] if axis is None else levels, axis)
+        return dataclasses.replace(found, feedback=self._quantizer.feedback)

@@ -1,0 +1,111 @@
+"""Error feedback across channels: which numbers make later channels undo what earlier ones' errors do.
+
+Let ``e`` be the rounding errors of all channels at one place and ``H`` (C x C) what they do to the network's outputs:
+
+    error of the outputs = e' H e,    H = E[g g'],    g the outputs' gradient along the channels
+
+Rounding every channel to nearest makes errors that know nothing of each other, and the sum of the diagonal is what is
+lost. But a layer that has 64 outputs for 512 channels sees 64 sums of errors only, and a channel's rounding can be
+chosen so that it undoes the others'. Channels are rounded in groups, one after the other. Behind some groups with
+errors ``e_before``, the best that all others could do with real numbers is
+
+    e_rest = -(H_rest,rest + lambda I)^-1 H_rest,before e_before
+
+of which the next group takes its part: it rounds ``x - shift`` with ``shift = (the part of e_rest with the sign
+turned)``. That is Babai's nearest plane (1986) with steps of many dimensions at a time, known from weights as GPTQ
+(Frantar et al. 2023, with H from the layer's inputs), here for activations at run time, with H from the outputs.
+``lambda`` stands for what the others cannot do because they are rounded as well.
+
+``H = U D U'`` has few eigenvalues that matter, and so the shift needs only ``R`` sums of the errors,
+``t = left e`` with ``left = sqrt(D) U'``, and ``shift = right t``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from postquant.runtime_ops.law_feedback import COEFFICIENT_WEIGHT, GROUPS, Feedback
+
+Reals = npt.NDArray[np.float64]
+# In units of the mean of H's diagonal (docs/learning.md, "Error feedback").
+_DAMPING = 0.1
+# Share of the trace of H that its smallest eigenvalues may have together to be left out.
+_LEFT_OUT = 0.01
+# The largest code of the operator's coefficients and of the sums that it carries, and how many deviations of a sum,
+# were errors independent, it stands for.
+_LARGEST = 127
+_DEVIATIONS = 5.0
+
+
+def feedback_of(hessian: Reals, noise: Reals, step: float) -> Feedback | None:
+    """The feedback for some channels.
+
+    Args:
+        hessian: (C, C), symmetric, what errors do to the outputs; its unit plays no part.
+        noise: (C,) >= 0, mean square of every channel's error of rounding to nearest, in the tensor's units.
+        step: Of the codes that the operator counts errors in, > 0, in the tensor's units.
+
+    Returns:
+        None where there are fewer than two channels or no error matters.
+    """
+    channels = len(hessian)
+    power = float(np.trace(hessian)) / max(channels, 1)
+    if channels < 2 or not (np.isfinite(power) and power > 0) or not (noise > 0).any():
+        return None
+    hessian = hessian / power
+    # What does most harm comes first: the others can still do something about it.
+    order = np.argsort(-np.diag(hessian) * noise, kind="stable")
+    group = np.empty(channels, np.uint8)
+    parts = np.array_split(order, GROUPS)
+    for index, part in enumerate(parts):
+        group[part] = index
+    factor = _factor(hessian)
+    left = factor.T
+    right = np.zeros((channels, factor.shape[1]))
+    for index, part in enumerate(parts):
+        if index and len(part):
+            rest = np.concatenate(parts[index:])
+            damped = hessian[np.ix_(rest, rest)] + _DAMPING * np.eye(len(rest))
+            right[part] = np.linalg.solve(damped, factor[rest])[: len(part)]
+    return _coded(group, left, right, np.sqrt(noise) / step)
+
+
+def _factor(hessian: Reals) -> Reals:
+    """(C, R) whose product with its transpose is H, but for the eigenvalues that matter least."""
+    values, vectors = np.linalg.eigh(hessian)
+    values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
+    rank = int(np.searchsorted(np.cumsum(values), (1 - _LEFT_OUT) * values.sum())) + 1
+    factor: Reals = vectors[:, :rank] * np.sqrt(values[:rank])
+    return factor
+
+
+def _coded(group: npt.NDArray[np.uint8], left: Reals, right: Reals, deviations: Reals) -> Feedback:
+    """The operator's numbers.
+
+    Args:
+        group: (C,).
+        left: (R, C).
+        right: (C, R).
+        deviations: (C,) of every channel's error, in codes.
+    """
+    # A sum's largest value gets the code 127.
+    largest = _DEVIATIONS * np.sqrt((np.square(left) * np.square(deviations)).sum(axis=1))
+    unit = np.maximum(largest, 1e-30) / _LARGEST
+    left_codes, left_unit = _rows(left)
+    right_codes, right_unit = _rows(right * unit)
+    return Feedback(
+        group,
+        left_codes,
+        (left_unit / unit).astype(np.float32),
+        right_codes,
+        right_unit.astype(np.float32),
+    )
+
+
+def _rows(values: Reals) -> tuple[npt.NDArray[np.int8], Reals]:
+    """Codes of every row, and its unit; sums of a row's codes are exact in float32."""
+    size = np.abs(values)
+    unit = np.maximum(size.max(axis=1) / _LARGEST, size.sum(axis=1) / (COEFFICIENT_WEIGHT - values.shape[1]))
+    unit = np.where(unit > 0, unit, 1.0)
+    return np.rint(values / unit[:, None]).astype(np.int8), unit

@@ -1,0 +1,184 @@
+"""What rounding errors of an activation's channels do to the network's outputs together: :func:`measure_moments`.
+
+To second order, errors ``e`` of the C channels at one place that a layer reads change the outputs f by
+
+    sum_o |df_o|^2 / (n_o V_o) = e' H e,    H = mean over samples of sum over places and o of g_o g_o' / (n_o V_o)
+
+with ``g_o = df_o / dx`` (C) there, n_o elements and the variance V_o of output o; errors of different places are taken
+as independent. Random signs on all outputs estimate the sum over o, as in :mod:`postquant.calib.learn.fisher`. The
+gradient is that along what the readers of the code book read, not along other ways from the same value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from postquant.calib.input_spec import Sample
+from postquant.calib.learn.executor import constant_values, run_nodes, supported
+from postquant.calib.learn.fisher import output_scales, same_outputs
+from postquant.calib.learn.learner import torch_limits
+from postquant.calib.prefix import spaced
+from postquant.calib.source import CalibrationSource
+from postquant.passes.plan import QuantPlan
+from postquant.passes.session import make_session
+from postquant.runtime_ops.errors import ModelError
+from postquant.runtime_ops.quantizer import TensorQuantizer
+
+Tensor = torch.Tensor
+_SAMPLES = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedbackSite:
+    """An activation whose channels have code books of their own.
+
+    Attributes:
+        value: Name of what the layers read.
+        keys: Keys ``"<node>:0"`` of these layers among the requantizations.
+        quantizer: Their quantizer, the first one's.
+    """
+
+    value: str
+    keys: tuple[str, ...]
+    quantizer: TensorQuantizer
+
+
+@dataclasses.dataclass
+class Moments:
+    """What is known of one site.
+
+    Attributes:
+        hessian: (C, C) float64, H.
+        noise: (C,) float64, mean square of every channel's error of rounding to the nearest level, in the tensor's
+            units.
+    """
+
+    hessian: npt.NDArray[np.float64]
+    noise: npt.NDArray[np.float64]
+
+
+def feedback_sites(model: ir.Model, plan: QuantPlan) -> list[FeedbackSite]:
+    """Every activation of a plan whose channels have code books of their own, in the order of the graph."""
+    found: dict[str, list[str]] = {}
+    for node in model.graph:
+        entry, value = plan.requants.get(f"{node.name}:0"), node.inputs[0] if node.inputs else None
+        if value is not None and isinstance(entry, TensorQuantizer) and entry.table_axis is not None:
+            found.setdefault(value.name or "", []).append(f"{node.name}:0")
+    sites = []
+    for name, keys in found.items():
+        quantizer = plan.requants[keys[0]]
+        assert isinstance(quantizer, TensorQuantizer)
+        sites.append(FeedbackSite(name, tuple(keys), quantizer))
+    return sites
+
+
+def measure_moments(
+    model: ir.Model,
+    sites: Sequence[FeedbackSite],
+    source: CalibrationSource,
+    indices: Sequence[int],
+    *,
+    seed: int,
+    device: torch.device,
+) -> dict[str, Moments]:
+    """What the channels of some activations do to the float network's outputs.
+
+    Args:
+        model: The simplified float model; not changed.
+        sites: Of a plan for it.
+        source: Calibration data.
+        indices: Samples that may be used, increasing; at most 128 of them, evenly spaced, are.
+        seed: Of the signs.
+        device: Where.
+
+    Returns:
+        By the name of the value.
+
+    Raises:
+        ModelError: If torch does not run the network, or not as onnxruntime does.
+    """
+    obstacle = next((reason for node in model.graph if (reason := supported(node)) is not None), None)
+    if obstacle is not None:
+        raise ModelError("torch does not run the network", found=obstacle)
+    chosen = [indices[place] for place in spaced(len(indices), _SAMPLES)]
+    with torch_limits():
+        try:
+            return _Gradients(model, sites, device).measure(source, chosen, torch.Generator().manual_seed(seed))
+        except RuntimeError as error:
+            raise ModelError("torch cannot run the network", found=str(error)) from error
+
+
+class _Gradients:
+    def __init__(self, model: ir.Model, sites: Sequence[FeedbackSite], device: torch.device) -> None:
+        self._nodes = list(model.graph)
+        self._device = device
+        self._sites = {site.value: site for site in sites}
+        self._readers = {key: site.value for site in sites for key in site.keys}
+        self._constants = constant_values(self._nodes, device)
+        outputs = [value for value in model.graph.outputs if value.dtype in (None, ir.DataType.FLOAT)]
+        self._outputs = [value.name or "" for value in outputs]
+        self._session = make_session(model, outputs=self._outputs)
+
+    def measure(
+        self, source: CalibrationSource, chosen: Sequence[int], generator: torch.Generator
+    ) -> dict[str, Moments]:
+        scales = output_scales(self._session, self._outputs, source, chosen)
+        found: dict[str, Moments] = {}
+        for index, sample in enumerate(source.read(chosen)):
+            values, errors = self._run(sample)
+            if index == 0:
+                same_outputs(values, self._session.run(sample))
+            outputs = {name: values[name] for name in scales if values[name].requires_grad}
+            if not outputs:
+                break
+            signs = [
+                (torch.randint(0, 2, value.shape, generator=generator) * 2 - 1).to(value) * scales[name]
+                for name, value in outputs.items()
+            ]
+            gradients = torch.autograd.grad(
+                list(outputs.values()), list(errors.values()), signs, materialize_grads=True
+            )
+            for name, gradient in zip(errors, gradients, strict=True):
+                self._add(found, self._sites[name], values[name].detach(), gradient)
+        for moments in found.values():
+            moments.noise /= len(chosen)
+        return found
+
+    def _add(self, found: dict[str, Moments], site: FeedbackSite, x: Tensor, gradient: Tensor) -> None:
+        axis = site.quantizer.table_axis
+        assert axis is not None
+        rows = gradient.movedim(axis, 0).reshape(gradient.shape[axis], -1)
+        real = x.cpu().numpy()
+        error = np.square(site.quantizer.simulate(real) - real, dtype=np.float64)
+        noise = np.moveaxis(error, axis, 0).reshape(len(rows), -1).mean(axis=1)
+        hessian = (rows @ rows.T).double().cpu().numpy()
+        if site.value in found:
+            found[site.value].hessian += hessian
+            found[site.value].noise += noise
+        else:
+            found[site.value] = Moments(hessian, noise)
+
+    def _run(self, sample: Sample) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The values that matter; and for every site an error of zero that its readers see."""
+        values = dict(self._constants)
+        for name, array in sample.items():
+            tensor = torch.from_numpy(np.array(array))
+            values[name] = tensor.to(self._device) if tensor.is_floating_point() else tensor
+        errors: dict[str, Tensor] = {}
+
+        def read(node: ir.Node, index: int, name: str, tensor: Tensor) -> Tensor:
+            if index != 0 or f"{node.name}:0" not in self._readers:
+                return tensor
+            if name not in errors:
+                errors[name] = torch.zeros_like(tensor, requires_grad=True)
+            return tensor + errors[name]
+
+        with torch.enable_grad():
+            run_nodes(self._nodes, values, read, wanted={*self._sites, *self._outputs})
+        return values, errors

@@ -1,0 +1,99 @@
+"""The stage in which channels of activations make up for each other's rounding errors: :func:`decide_feedback`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import onnx_ir as ir
+
+from postquant.calib.feedback import feedback_of
+from postquant.calib.trial import WORTH_DB, Trial
+from postquant.passes.plan import QuantPlan
+from postquant.pipeline.job import Job
+from postquant.pipeline.stage_log import StageLog
+from postquant.runtime_ops.errors import ModelError
+from postquant.runtime_ops.quantizer import TensorQuantizer
+
+
+def decide_feedback(
+    job: Job, reference: ir.Model, model: ir.Model, plan: QuantPlan, log: StageLog, *, threads: int
+) -> QuantPlan:
+    """Gives all activations whose channels have code books an error feedback where the output error falls by enough.
+
+    Only where blocks are learned: it needs gradients of the network's outputs, and so torch.
+
+    Args:
+        job: What to do.
+        reference: The float model whose outputs are the reference.
+        model: The float model that the plan is about.
+        plan: A decided plan.
+        log: Told what was tried.
+        threads: Samples that are run at the same time where the result is measured.
+
+    Returns:
+        The plan, changed or not.
+    """
+    wanted = job.config.feedback
+    if not job.config.learn or wanted is False:
+        return plan
+    saved = job.checkpoint.load("feedback")
+    if saved is not None:
+        log.resume("feedback", saved.data())
+        return saved.plan()
+    try:
+        changed, count = _with_feedback(job, model, plan)
+    except ModelError as error:
+        log.note(f"no errors are fed back: {error}")
+        return plan
+    if not count:
+        if wanted:
+            log.note("no errors are fed back: no activation has code books for its channels")
+        return plan
+    trial = Trial(reference, job.source, threads=threads)
+    before, after = trial.measure(model, plan), trial.measure(model, changed)
+    gain = 20 * math.log10(max(before.error, 1e-30) / max(after.error, 1e-30))
+    least = 0.0 if wanted else WORTH_DB
+    kept = gain > least
+    needed = "" if wanted or kept else f", {least:g} dB would be worth their run time"
+    detail = f"{count} activations, {gain:.2f} dB better than nearest levels{needed}"
+    log.add("error feedback", detail, kept=kept, sqnr_db=after.sqnr_db)
+    plan = changed if kept else plan
+    job.checkpoint.save("feedback", plan=plan, data=log.since_resume())
+    return plan
+
+
+def _with_feedback(job: Job, model: ir.Model, plan: QuantPlan) -> tuple[QuantPlan, int]:
+    """The plan with an error feedback wherever there can be one, and in how many activations.
+
+    Raises:
+        ModelError: If torch does not run the network.
+    """
+    import torch
+
+    from postquant.calib.learn.moments import feedback_sites, measure_moments
+
+    sites = feedback_sites(model, plan)
+    if not sites:
+        return plan, 0
+    job.progress.stage("error feedback")
+    found = measure_moments(
+        model,
+        sites,
+        job.source,
+        range(len(job.source)),
+        seed=job.config.seed,
+        device=torch.device(job.config.device.value),
+    )
+    count = 0
+    for site in sites:
+        moments = found.get(site.value)
+        feedback = None if moments is None else feedback_of(moments.hessian, moments.noise, float(site.quantizer.scale))
+        if feedback is None:
+            continue
+        count += 1
+        for key in site.keys:
+            entry = plan.requants[key]
+            assert isinstance(entry, TensorQuantizer)
+            plan = plan.with_requant(key, dataclasses.replace(entry, feedback=feedback))
+    return plan, count

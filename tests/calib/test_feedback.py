@@ -1,0 +1,107 @@
+"""Feedback lowers what rounding errors of channels do to the outputs, and its numbers are the operator's."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from postquant.calib.activation_levels import quantizer_with_levels
+from postquant.calib.feedback import feedback_of
+from postquant.runtime_ops.law_feedback import COEFFICIENT_WEIGHT, GROUPS, Feedback
+from postquant.runtime_ops.quantizer import TensorQuantizer
+from postquant.runtime_ops.spec import QuantSpec
+
+SPEC = QuantSpec(4, signed=False, symmetric=False)
+
+
+def _quantizer(channels: int, rng: np.random.Generator) -> TensorQuantizer:
+    levels = np.linspace(-3, 3, 16)[None] * rng.uniform(0.5, 1.0, (channels, 1))
+    levels[:, 7] = 0.0
+    return quantizer_with_levels(SPEC, levels, -2)
+
+
+def _errors(quantizer: TensorQuantizer, x: np.ndarray) -> np.ndarray:
+    errors: np.ndarray = quantizer.simulate(x).astype(np.float64) - x
+    return errors
+
+
+@pytest.mark.parametrize(("channels", "outputs", "least"), [(64, 8, 6.0), (16, 16, 0.3), (5, 2, 2.0)])
+def test_it_lowers_the_error_of_a_layer_behind(channels: int, outputs: int, least: float) -> None:
+    """A layer with 8 outputs of 64 channels sees 8 sums of their errors, which later channels can make small."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((outputs, channels))
+    quantizer = _quantizer(channels, rng)
+    x = np.clip(rng.standard_normal((channels, 4000)), -2.5, 2.5).astype(np.float32)
+    nearest = _errors(quantizer, x)
+    feedback = feedback_of(weight.T @ weight, np.square(nearest).mean(axis=1), float(quantizer.scale))
+    assert feedback is not None
+    fed = _errors(_with(quantizer, feedback), x)
+    gain = 10 * np.log10(np.square(weight @ nearest).sum() / np.square(weight @ fed).sum())
+    assert gain > least
+    # Each of them alone is rounded worse.
+    assert np.square(fed).sum() >= np.square(nearest).sum()
+
+
+def _with(quantizer: TensorQuantizer, feedback: Feedback) -> TensorQuantizer:
+    return dataclasses.replace(quantizer, feedback=feedback)
+
+
+def test_independent_channels_have_nothing_to_make_up_for() -> None:
+    rng = np.random.default_rng(1)
+    quantizer = _quantizer(12, rng)
+    x = rng.standard_normal((12, 500)).astype(np.float32)
+    feedback = feedback_of(np.diag(rng.uniform(1, 2, 12)), np.ones(12), float(quantizer.scale))
+    assert feedback is not None
+    np.testing.assert_array_equal(_errors(_with(quantizer, feedback), x), _errors(quantizer, x))
+
+
+def test_coefficients_are_those_of_the_best_real_answer() -> None:
+    """Against the solution of the least squares that the module docstring names, for every group."""
+    rng = np.random.default_rng(2)
+    weight = rng.standard_normal((6, 24))
+    hessian, noise, step = weight.T @ weight, rng.uniform(0.5, 2.0, 24), 0.1
+    feedback = feedback_of(hessian, noise, step)
+    assert feedback is not None
+    real = feedback.right * feedback.right_scale[:, None].astype(np.float64)
+    real = real @ (feedback.left * feedback.left_scale[:, None].astype(np.float64))
+    damped = hessian + 0.1 * np.trace(hessian) / 24 * np.eye(24)
+    for group in range(1, GROUPS):
+        before, rest = np.flatnonzero(feedback.group < group), np.flatnonzero(feedback.group >= group)
+        best = np.linalg.solve(damped[np.ix_(rest, rest)], hessian[np.ix_(rest, before)])
+        own = feedback.group[rest] == group
+        found, wanted = real[np.ix_(rest[own], before)], best[own]
+        assert np.abs(found - wanted).max() < 0.03 * np.abs(wanted).max()
+
+
+def test_what_does_most_harm_is_rounded_first() -> None:
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((4, 16))
+    hessian, noise = weight.T @ weight, rng.uniform(0.1, 9.0, 16)
+    feedback = feedback_of(hessian, noise, 1.0)
+    assert feedback is not None
+    harm = np.diag(hessian) * noise
+    for group in range(1, GROUPS):
+        assert harm[feedback.group == group].max() <= harm[feedback.group == group - 1].min()
+
+
+def test_sums_of_many_channels_stay_exact() -> None:
+    """With equal coefficients for 3000 channels the largest codes would add up to more than float32 holds."""
+    hessian = np.ones((3000, 3000))
+    feedback = feedback_of(hessian, np.ones(3000), 1.0)
+    assert feedback is not None
+    assert np.abs(feedback.left.astype(np.int64)).sum(axis=1).max() <= COEFFICIENT_WEIGHT
+
+
+@pytest.mark.parametrize(
+    ("hessian", "noise"),
+    [
+        (np.ones((1, 1)), np.ones(1)),
+        (np.zeros((3, 3)), np.ones(3)),
+        (np.ones((3, 3)), np.zeros(3)),
+        (np.full((3, 3), np.nan), np.ones(3)),
+    ],
+)
+def test_without_errors_that_matter_there_is_none(hessian: np.ndarray, noise: np.ndarray) -> None:
+    assert feedback_of(hessian, noise, 1.0) is None

@@ -1,0 +1,131 @@
+"""Error feedback from the setting to the verified file."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from postquant.calib.learn import recipe
+from postquant.passes.emit import emit
+from postquant.passes.lut_expansion import with_qdq
+from postquant.passes.plan import QuantPlan
+from postquant.passes.standard import standard_model, without_borders
+from postquant.pipeline import learning_run, stages
+from postquant.pipeline.api import quantize
+from postquant.pipeline.config import Activations, Method, QuantConfig, Weights
+from postquant.pipeline.demo.digits import load_digits
+from postquant.pipeline.plan_check import differences
+from postquant.pipeline.recover import recover_float_model
+from postquant.pipeline.verify_folder import verify_folder
+from postquant.runtime_ops.errors import ConfigError
+from postquant.runtime_ops.library import register
+from postquant.runtime_ops.quantizer import TensorQuantizer
+
+CONFIG = QuantConfig(
+    wbits=4,
+    abits=3,
+    method=Method.MSE,
+    activations=Activations.LUT,
+    weights=Weights.INT,
+    learn=True,
+    feedback=True,
+    verify_samples=4,
+)
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are learned in a moment, and the network not at all."""
+    real = recipe.recipe_for
+    monkeypatch.setattr(learning_run, "recipe_for", lambda *a: dataclasses.replace(real(*a), iterations=8))
+    monkeypatch.setattr(learning_run, "network_recipe", lambda *_: None)
+
+
+def _feeds(count: int = 48) -> list[dict[str, Any]]:
+    digits = load_digits()
+    return [{"image": digits.calibration[index : index + 1]} for index in range(count)]
+
+
+def _fed(plan: QuantPlan) -> list[TensorQuantizer]:
+    entries = [entry for entry in plan.requants.values() if isinstance(entry, TensorQuantizer)]
+    return [entry for entry in entries if entry.feedback is not None]
+
+
+@pytest.mark.usefixtures("torch_installed", "few_steps")
+def test_a_feedback_is_what_the_file_computes(tmp_path: pathlib.Path) -> None:
+    digits = load_digits()
+    result = quantize(digits.model, _feeds(), CONFIG, out=tmp_path / "out")
+    assert all(check.passed for check in result.report.checks), result.report.checks
+    assert {stage.name: stage for stage in result.report.stages}["error feedback"].kept
+    plan = QuantPlan.load(tmp_path / "out" / "plan.safetensors")
+    emitted = ir.load(tmp_path / "out" / "model.onnx")
+    nodes = [node for node in emitted.graph if node.op_type == "FeedbackRequantize"]
+    assert len(_fed(plan)) == len(nodes) > 0
+    # The function body and the kernels give the same bits.
+    options = onnxruntime.SessionOptions()
+    assert register(options)
+    images = digits.test[:50]
+    path = str(tmp_path / "out" / "model.onnx")
+    plain, native = (onnxruntime.InferenceSession(path, o).run(None, {"image": images})[0] for o in (None, options))
+    np.testing.assert_array_equal(plain, native)
+    assert [check for check in verify_folder(tmp_path / "out") if not check.passed] == []
+    recovered = recover_float_model(emitted, plan)
+    assert not list(differences(recovered, emit(recovered, plan), plan))
+    # Other numbers in the file are found, and so is a look-up without them.
+    value = nodes[0].inputs[7]
+    assert value is not None
+    assert value.const_value is not None
+    value.const_value = ir.Tensor(-value.const_value.numpy())
+    assert [d.what for d in differences(recovered, with_qdq(emitted), plan)] == [
+        "the table of its levels differs from the plan's"
+    ]
+    assert len(list(differences(recovered, emit(recovered, without_borders(plan)), plan))) == len(nodes)
+
+
+@pytest.mark.usefixtures("torch_installed", "few_steps")
+def test_the_standard_form_takes_nearest_levels_and_says_so(tmp_path: pathlib.Path) -> None:
+    digits = load_digits()
+    quantize(digits.model, _feeds(), CONFIG, out=tmp_path / "out")
+    plan = QuantPlan.load(tmp_path / "out" / "plan.safetensors")
+    emitted = ir.load(tmp_path / "out" / "model.onnx")
+    standard = standard_model(emitted)
+    assert len(standard.changes) == len(_fed(plan))
+    assert all("error feedback" in change for change in standard.changes)
+    recovered = recover_float_model(emitted, plan)
+    images = {"image": digits.test[:50]}
+    expected = onnxruntime.InferenceSession(
+        ir.to_proto(emit(recovered, without_borders(plan))).SerializeToString()
+    ).run(None, images)[0]
+    session = onnxruntime.InferenceSession(ir.to_proto(standard.model).SerializeToString())
+    np.testing.assert_allclose(session.run(None, images)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("torch_installed", "few_steps")
+def test_an_interrupted_run_does_not_measure_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = load_digits()
+    whole = quantize(digits.model, _feeds(), CONFIG, out=tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stages, "learn", _interrupted)
+        quantize(digits.model, _feeds(), CONFIG, out=tmp_path / "out")
+    monkeypatch.setattr("postquant.calib.learn.moments.measure_moments", _interrupted)
+    again = quantize(digits.model, _feeds(), CONFIG, out=tmp_path / "out")
+    assert again.report.stages == whole.report.stages
+    files = [(tmp_path / name / "model.onnx").read_bytes() for name in ("whole", "out")]
+    assert files[0] == files[1]
+
+
+def _interrupted(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_errors_are_fed_back_only_where_blocks_are_learned() -> None:
+    with pytest.raises(ConfigError, match="learn = true"):
+        QuantConfig(feedback=True)
+    with pytest.raises(ConfigError, match="activations"):
+        QuantConfig(feedback=True, learn=True, activations=Activations.INT)

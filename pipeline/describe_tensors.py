@@ -110,6 +110,8 @@ def _activations(
 def _values(quantizer: TensorQuantizer) -> str:
     if quantizer.adaptive is not None:
         return "adaptive"
+    if quantizer.feedback is not None:
+        return "feedback"
     if quantizer.table is not None:
         return quantizer.spec.code_book.value
     return "int" if quantizer.border is None else "border"

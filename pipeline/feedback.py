@@ -8,12 +8,15 @@ import math
 import onnx_ir as ir
 
 from postquant.calib.feedback import feedback_of
-from postquant.calib.trial import WORTH_DB, Trial
+from postquant.calib.trial import Trial
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline.job import Job
 from postquant.pipeline.stage_log import StageLog
 from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.quantizer import TensorQuantizer
+
+# Learning makes several times as much of it (docs/learning.md, "Error feedback").
+_WORTH_DB = 0.1
 
 
 def decide_feedback(
@@ -53,7 +56,7 @@ def decide_feedback(
     trial = Trial(reference, job.source, threads=threads)
     before, after = trial.measure(model, plan), trial.measure(model, changed)
     gain = 20 * math.log10(max(before.error, 1e-30) / max(after.error, 1e-30))
-    least = 0.0 if wanted else WORTH_DB
+    least = 0.0 if wanted else _WORTH_DB
     kept = gain > least
     needed = "" if wanted or kept else f", {least:g} dB would be worth their run time"
     detail = f"{count} activations, {gain:.2f} dB better than nearest levels{needed}"

@@ -89,8 +89,8 @@ class TensorStatistic:
         value: Name of the value.
         node: The layer that a weight or an input belongs to; the node that computes an activation; "" for an input.
         bits: Bits of a code.
-        values: "int", "post", "lut" (code books), "border" or "adaptive" (an activation with a rounding border, or with
-            a step per sample).
+        values: "int", "post", "lut" (code books), "feedback" (one whose channels make up for each other's errors),
+            "border" or "adaptive" (an activation with a rounding border, or with a step per sample).
         scales: Smallest and largest scale.
         zero_point: Zero point.
         grid: The quantizer's values.

@@ -113,6 +113,20 @@ def output_scales(
     return {name: (len(chosen) / energy) ** 0.5 for name, energy in varying.items()}
 
 
+def random_signs(
+    outputs: Mapping[str, Tensor], scales: Mapping[str, float], generator: torch.Generator
+) -> list[Tensor]:
+    """What the outputs are multiplied by, so that the squared gradient of their sum has the mean that is wanted.
+
+    Args:
+        outputs: By name.
+        scales: Of each (:func:`output_scales`).
+        generator: Of the signs, on the CPU.
+    """
+    signs = (torch.randint(0, 2, value.shape, generator=generator) * 2 - 1 for value in outputs.values())
+    return [sign.to(value) * scales[name] for sign, (name, value) in zip(signs, outputs.items(), strict=True)]
+
+
 def same_outputs(values: Mapping[str, Tensor], wanted: Sample) -> None:
     """Torch computes what onnxruntime does.
 
@@ -194,10 +208,7 @@ class _Tail:
             if index == 0:
                 same_outputs(values, {name: found[name] for name in self._outputs})
             outputs = {name: values[name] for name in scales if values[name].requires_grad}
-            signs = [
-                (torch.randint(0, 2, value.shape, generator=generator) * 2 - 1).to(value) * scales[name]
-                for name, value in outputs.items()
-            ]
+            signs = random_signs(outputs, scales, generator)
             if not outputs:
                 break
             reached = [name for name in self._names if values[name].requires_grad]

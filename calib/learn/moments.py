@@ -21,8 +21,9 @@ import torch
 
 from postquant.calib.input_spec import Sample
 from postquant.calib.learn.executor import constant_values, run_nodes, supported
-from postquant.calib.learn.fisher import output_scales, same_outputs
+from postquant.calib.learn.fisher import output_scales, random_signs, same_outputs
 from postquant.calib.learn.learner import torch_limits
+from postquant.calib.output_error import float_outputs
 from postquant.calib.prefix import spaced
 from postquant.calib.source import CalibrationSource
 from postquant.passes.plan import QuantPlan
@@ -101,7 +102,7 @@ def measure_moments(
         By the name of the value.
 
     Raises:
-        ModelError: If torch does not run the network, or not as onnxruntime does.
+        ModelError: If torch does not run the network, or not as onnxruntime does, or no output is a float.
     """
     obstacle = next((reason for node in model.graph if (reason := supported(node)) is not None), None)
     if obstacle is not None:
@@ -121,8 +122,9 @@ class _Gradients:
         self._sites = {site.value: site for site in sites}
         self._readers = {key: site.value for site in sites for key in site.keys}
         self._constants = constant_values(self._nodes, device)
-        outputs = [value for value in model.graph.outputs if value.dtype in (None, ir.DataType.FLOAT)]
-        self._outputs = [value.name or "" for value in outputs]
+        self._outputs = float_outputs(model)
+        if not self._outputs:
+            raise ModelError("no output of the network is a float")
         self._session = make_session(model, outputs=self._outputs)
 
     def measure(
@@ -137,10 +139,7 @@ class _Gradients:
             outputs = {name: values[name] for name in scales if values[name].requires_grad}
             if not outputs:
                 break
-            signs = [
-                (torch.randint(0, 2, value.shape, generator=generator) * 2 - 1).to(value) * scales[name]
-                for name, value in outputs.items()
-            ]
+            signs = random_signs(outputs, scales, generator)
             gradients = torch.autograd.grad(
                 list(outputs.values()), list(errors.values()), signs, materialize_grads=True
             )

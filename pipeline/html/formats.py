@@ -7,7 +7,13 @@ from collections.abc import Iterable
 
 from postquant.pipeline.tensor_statistics import OutlineNode
 
-_BOOKS = {"post": "POST", "lut": "table", "border": "border", "adaptive": "adaptive"}
+_BOOKS = {
+    "post": "POST",
+    "lut": "table",
+    "feedback": "table, errors fed back",
+    "border": "border",
+    "adaptive": "adaptive",
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,9 +110,10 @@ def test_the_standard_form_takes_nearest_levels_and_says_so(tmp_path: pathlib.Pa
 def test_an_interrupted_run_does_not_measure_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digits = load_digits()
     whole = quantize(digits.model, _feeds(), CONFIG, out=tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(stages, "learn", _interrupted)
-        quantize(digits.model, _feeds(), CONFIG, out=tmp_path / "out")
+        with pytest.raises(KeyboardInterrupt):
+            quantize(digits.model, _feeds(), CONFIG, out=tmp_path / "out")
     monkeypatch.setattr("postquant.calib.learn.moments.measure_moments", _interrupted)
     again = quantize(digits.model, _feeds(), CONFIG, out=tmp_path / "out")
     assert again.report.stages == whole.report.stages

@@ -1,14 +1,17 @@
 """Function body of FeedbackRequantize: standard ONNX operators, from opset 13 on.
 
 The view of x is (C, P), so that sums over channels are one matrix product for all positions, wherever the channels are.
-Every group takes its channels' rows by their numbers, so that all groups together multiply as often as one that had all
-channels. A group may be empty, which no product of matrices need know: every group has one channel more, the first one
-under the number C, whose errors count for nothing and whose levels are forgotten.
+Rows are sorted by groups, and a Loop takes the rows of one group each time, so that all groups together multiply as
+often as one that had all channels. Its body stands in the model once: onnxruntime plans the memory of every graph in a
+time that grows with the square of its operators, and a network has this body for every layer.
 
-Integers are in float32, in which their sums are exact. A Round of an exact sum changes nothing, but keeps onnxruntime
-from merging the scale behind it into the coefficients. Everything that does not depend on x is computed when
-onnxruntime loads the model: the levels of all codes (:mod:`postquant.runtime_ops.function_levels`), the channels of
-each group and their coefficients. TopK sorts the channels, because onnxruntime folds no NonZero and no Compress.
+A group may be empty, which no product of matrices need know: every group has one row more than channels, behind them,
+whose errors count for nothing and whose levels are forgotten.
+
+Integers are in float32, in which their sums are exact. Everything that does not depend on x is computed when
+onnxruntime loads the model: the levels of all codes (:mod:`postquant.runtime_ops.function_levels`), the order of the
+channels and their coefficients in it. TopK sorts, because onnxruntime folds no NonZero and no Compress. The sums begin
+as a single 0, so that the first group's product with them is a column.
 """
 
 from __future__ import annotations
@@ -22,73 +25,56 @@ from postquant.runtime_ops.law_feedback import GROUPS
 
 def feedback_requantize(opset: int) -> onnx.FunctionProto:
     """The body of FeedbackRequantize in operators of ``opset``."""
-    rounds = _round(_MEMBERS + _FIRST_AIM + _LEVELS + _ERRORS + _FIRST_SUM, 0)
-    for group in range(1, GROUPS - 1):
-        rounds += _round(_MEMBERS + _AIM + _LEVELS + _ERRORS + _SUM, group)
-    rounds += _round(_MEMBERS + _AIM + _LEVELS, GROUPS - 1)
-    text = _BEGIN + CODES + _TABLES + LEVELS + _VIEW + rounds + _END
-    return onnx.parser.parse_function(text.replace("OPSET", str(opset)))
+    reshape = "Reshape <allowzero = 1>" if opset >= _ZEROS_OPSET else "Reshape"
+    return onnx.parser.parse_function(_TEXT.replace("OPSET", str(opset)).replace("RESHAPE", reshape))
 
 
-def _round(text: str, group: int) -> str:
-    """What is done for a group, after that before it."""
-    return text.replace("#", str(group)).replace("@last", str(group - 1))
+# Below this version Reshape takes a 0 for the dimension as it is: no positions are a first dimension of 0 only.
+_ZEROS_OPSET = 14
 
-
-_BEGIN = """
-<domain: "ai.postquant", opset_import: ["" : OPSET]>
-FeedbackRequantize <axis>
-    (x, x_scale, x_zero_point, scale, zero_point, table, group, left, left_scale, right, right_scale) => (y) {
-"""
-
-_TABLES = """
-    real_code = Cast <to = 1> (code)
-    wide_code = Cast <to = 6> (all_codes)
-"""
-
-# x as rows of channels; channels sorted by groups; coefficients of errors with the additional channel behind the rest.
-_VIEW = """
-    x_dims = Shape (x)
-    rank = Shape (x_dims)
-    axis_number = Constant <value_int: int = @axis> ()
-    at = Add (rank, axis_number)
-    behind = Add (at, axis_one)
-    most = Constant <value_ints = [9]> ()
-    outer_dims = Slice (x_dims, axis_zero, at)
-    some_outer = Concat <axis = 0> (outer_dims, axis_one)
-    outer = ReduceProd (some_outer)
-    inner_dims = Slice (x_dims, behind, most)
-    some_inner = Concat <axis = 0> (inner_dims, axis_one)
-    inner = ReduceProd (some_inner)
+# Rows by groups: the channel of each row, whether it is one that counts, the bounds of every group, each channel's row.
+_ORDER = f"""
+    group_total = Constant <value_int = {GROUPS}> ()
     channel_total = Shape (group)
-    view_dims = Concat <axis = 0> (outer, channel_total, inner)
-    turned_dims = Concat <axis = 0> (channel_total, outer, inner)
-    points = Mul (outer, inner)
-    row_dims = Concat <axis = 0> (channel_total, points)
-    view = Reshape (x, view_dims)
-    turned = Transpose <perm = [1, 0, 2]> (view)
-    index = Cast <to = 6> (turned)
-    flat_index = Reshape (index, last)
-    flat_x_codes = GatherElements <axis = 0> (real_code, flat_index)
-    line = Unsqueeze (flat_x_codes, axis_zero)
-    codes = Reshape (line, row_dims)
-
-    group_number = Cast <to = 6> (group)
-    wide_group = Cast <to = 7> (group)
     channel_count = Squeeze (channel_total, axis_zero)
-    channel = Range (zero, channel_count, one)
-    group_place = Mul (wide_group, channel_total)
-    key = Add (group_place, channel)
-    sorted_keys, by_group = TopK <axis = 0, largest = 0, sorted = 1> (key, channel_total)
-    no_offsets = Sub (group_number, group_number)
-    all_offsets = Add (flat_offsets, no_offsets)
-    offsets = Unsqueeze (all_offsets, axis_one)
+    row_count = Add (channel_count, group_total)
+    row_total = Add (channel_total, group_total)
+    wide_group = Cast <to = 7> (group)
+    every_group = Range (zero, group_total, one)
+    groups = Concat <axis = 0> (wide_group, every_group)
+    row = Range (zero, row_count, one)
+    group_place = Mul (groups, row_total)
+    key = Add (group_place, row)
+    sorted_keys, by_group = TopK <axis = 0, largest = 0, sorted = 1> (key, row_total)
+    sorted_rows, places = TopK <axis = 0, largest = 0, sorted = 1> (by_group, row_total)
+    places_of_channels = Slice (places, axis_zero, channel_total)
+    last_places = Slice (places, channel_total, row_total)
+    ends = Add (last_places, one)
+    flat_bounds = Concat <axis = 0> (axis_zero, ends)
+    bounds = Unsqueeze (flat_bounds, axis_one)
+    last_group = ReduceMax <keepdims = 0> (wide_group)
+    rounds = Add (last_group, one)
+    channel = Mod (by_group, channel_total)
+    is_channel = Less (by_group, channel_total)
+    flat_weight = Cast <to = 1> (is_channel)
+    weight = Unsqueeze (flat_weight, axis_one)
+"""
+
+# Constants of all rows.
+_SORTED = """
+    table_row = Mod (by_group, table_total)
+    row_levels = Gather <axis = 0> (levels, table_row)
+    code_dims = Concat <axis = 0> (row_total, axis_one)
+    row_codes = Expand (code, code_dims)
     left_real = Cast <to = 1> (left)
+    left_turned = Transpose <perm = [1, 0]> (left_real)
+    any_left = Gather <axis = 0> (left_turned, channel)
+    row_left = Mul (any_left, weight)
     left_column = Unsqueeze (left_scale, axis_one)
-    no_left = Sub (left_column, left_column)
-    left_more = Concat <axis = 1> (left_real, no_left)
     right_real = Cast <to = 1> (right)
+    row_right = Gather <axis = 0> (right_real, channel)
     right_column = Unsqueeze (right_scale, axis_one)
+    row_scale = Gather <axis = 0> (right_column, channel)
     least = Constant <value_float = -127.0> ()
     largest = Constant <value_float = 127.0> ()
     least_shift = Constant <value_float = -255.0> ()
@@ -97,78 +83,84 @@ _VIEW = """
     highest = Constant <value_float = 255.0> ()
 """
 
-_MEMBERS = """
-    number# = Constant <value_int = #> ()
-    small# = Cast <to = 6> (number#)
-    earlier# = Less (group_number, small#)
-    earlier_ones# = Cast <to = 7> (earlier#)
-    begin# = ReduceSum <keepdims = 1> (earlier_ones#, axis_zero)
-    equal# = Equal (group_number, small#)
-    equal_ones# = Cast <to = 7> (equal#)
-    count# = ReduceSum <keepdims = 1> (equal_ones#, axis_zero)
-    end# = Add (begin#, count#)
-    some# = Slice (by_group, begin#, end#)
-    members# = Concat <axis = 0> (some#, channel_total)
-    rows# = Concat <axis = 0> (some#, axis_zero)
-    codes# = Gather <axis = 0> (codes, rows#)
-    offsets# = Gather <axis = 0> (offsets, rows#)
-    left# = Gather <axis = 1> (left_more, members#)
+# x as rows, and the codes of them.
+_VIEW = """
+    x_dims = Shape (x)
+    axis_number = Constant <value_int: int = @axis> ()
+    at = Unsqueeze (axis_number, axis_zero)
+    outer_dims = Slice (x_dims, axis_zero, at)
+    some_outer = Concat <axis = 0> (outer_dims, axis_one)
+    outer = ReduceProd (some_outer)
+    last_dims = Slice (x_dims, at, end)
+    behind = ReduceProd (last_dims)
+    inner = Div (behind, channel_total)
+    view_dims = Concat <axis = 0> (outer, channel_total, inner)
+    view = RESHAPE (x, view_dims)
+    turned = Transpose <perm = [1, 0, 2]> (view)
+    turned_dims = Shape (turned)
+    sorted_x = Gather <axis = 0> (turned, channel)
+    x_rows = Flatten <axis = 1> (sorted_x)
+    x_index = Cast <to = 6> (x_rows)
+    small_codes = GatherElements <axis = 1> (row_codes, x_index)
+    codes = Cast <to = 1> (small_codes)
 """
 
-_LEVELS = """
-    index# = Cast <to = 6> (aim#)
-    places# = Add (index#, offsets#)
-    flat_places# = Reshape (places#, last)
-    flat# = GatherElements <axis = 0> (levels, flat_places#)
-    line# = Unsqueeze (flat#, axis_zero)
-    place_dims# = Shape (places#)
-    levels# = Reshape (line#, place_dims#)
+_ROUNDS = """
+    no_sum = Constant <value = float[1, 1] {0.0}> ()
+    no_levels = Slice (x_rows, axis_zero, axis_zero)
+    always = Less (zero, one)
+    last_sum, all_levels = Loop (rounds, always, no_sum, no_levels) <
+        body = round (int64 i, bool go, float[?, ?] sum, uint8[?, ?] found)
+            => (bool go_on, float[?, ?] sum_after, uint8[?, ?] found_after) {
+            go_on = Identity (go)
+            next = Add (i, one)
+            from = Gather <axis = 0> (bounds, i)
+            to = Gather <axis = 0> (bounds, next)
+            its_codes = Slice (codes, from, to)
+            its_levels = Slice (row_levels, from, to)
+            its_left = Slice (row_left, from, to)
+            its_right = Slice (row_right, from, to)
+            its_scale = Slice (row_scale, from, to)
+
+            scaled = Mul (sum, left_column)
+            rounded = Round (scaled)
+            number = Clip (rounded, least, largest)
+            across = MatMul (its_right, number)
+            shifted = Mul (across, its_scale)
+            shift = Round (shifted)
+            limited = Clip (shift, least_shift, largest_shift)
+            moved = Sub (its_codes, limited)
+            aim = Clip (moved, lowest, highest)
+            index = Cast <to = 6> (aim)
+            level = GatherElements <axis = 1> (its_levels, index)
+            found_after = Concat <axis = 0> (found, level)
+            real_level = Cast <to = 1> (level)
+            difference = Sub (real_level, its_codes)
+            errors = Clip (difference, least, largest)
+            sum_after = Gemm <transA = 1> (its_left, errors, sum)
+        }
+    >
 """
 
-_ERRORS = """
-    real_levels# = Cast <to = 1> (levels#)
-    difference# = Sub (real_levels#, codes#)
-    errors# = Clip (difference#, least, largest)
-    product# = MatMul (left#, errors#)
+_TEXT = (
+    """
+<domain: "ai.postquant", opset_import: ["" : OPSET]>
+FeedbackRequantize <axis>
+    (x, x_scale, x_zero_point, scale, zero_point, table, group, left, left_scale, right, right_scale) => (y) {
 """
-
-_FIRST_AIM = """
-    aim# = Identity (codes#)
+    + CODES
+    + """
+    wide_code = Cast <to = 6> (all_codes)
 """
-
-_FIRST_SUM = """
-    sum# = Round (product#)
-"""
-
-_AIM = """
-    right# = Gather <axis = 0> (right_real, rows#)
-    right_column# = Gather <axis = 0> (right_column, rows#)
-    scaled# = Mul (sum@last, left_column)
-    rounded# = Round (scaled#)
-    inner# = Clip (rounded#, least, largest)
-    across# = MatMul (right#, inner#)
-    integers# = Round (across#)
-    shifted# = Mul (integers#, right_column#)
-    shift# = Round (shifted#)
-    limited# = Clip (shift#, least_shift, largest_shift)
-    moved# = Sub (codes#, limited#)
-    aim# = Clip (moved#, lowest, highest)
-"""
-
-_SUM = """
-    total# = Add (sum@last, product#)
-    sum# = Round (total#)
-"""
-
-_NAMES = {part: ", ".join(f"{part}{group}" for group in range(GROUPS)) for part in ("members", "levels")}
-
-# Rows in the order of the channels: where each of them is among the rows of all groups.
-_END = f"""
-    order = Concat <axis = 0> ({_NAMES["members"]})
-    sorted_order, rows_of_channels = TopK <axis = 0, largest = 0, sorted = 1> (order, channel_total)
-    all_levels = Concat <axis = 0> ({_NAMES["levels"]})
-    y_rows = Gather <axis = 0> (all_levels, rows_of_channels)
-    y_turned = Reshape (y_rows, turned_dims)
+    + LEVELS
+    + _ORDER
+    + _SORTED
+    + _VIEW
+    + _ROUNDS
+    + """
+    y_rows = Gather <axis = 0> (all_levels, places_of_channels)
+    y_turned = RESHAPE (y_rows, turned_dims)
     y_view = Transpose <perm = [1, 0, 2]> (y_turned)
-    y = Reshape (y_view, x_dims)
-}}"""
+    y = RESHAPE (y_view, x_dims)
+}"""
+)

@@ -37,7 +37,7 @@ CODES = """
     code = QuantizeLinear (real, scale, zero_point)
 """
 
-# The nearest levels of the 256 codes wide_code in each row of table, one row behind the other; where each row begins.
+# The nearest levels of the 256 codes wide_code in each row of table; the number of rows.
 LEVELS = """
     doubled = Add (wide_code, wide_code)
     small_one = Cast <to = 6> (one)
@@ -51,15 +51,9 @@ LEVELS = """
     reached = Less (columns, beyond)
     ones = Cast <to = 6> (reached)
     counts = ReduceSum <keepdims = 0> (ones, axis_one)
-    rows = GatherElements <axis = 1> (table, counts)
-    levels = Reshape (rows, last)
-
+    levels = GatherElements <axis = 1> (table, counts)
     table_dims = Shape (table)
-    channel_dims = Slice (table_dims, axis_zero, axis_one)
-    channels = Squeeze (channel_dims, axis_zero)
-    level_count = Mul (channels, code_count)
-    wide_offsets = Range (zero, level_count, code_count)
-    flat_offsets = Cast <to = 6> (wide_offsets)
+    table_total = Slice (table_dims, axis_zero, axis_one)
 """
 
 _TEXT = (
@@ -73,6 +67,11 @@ LutRequantize <axis> (x, x_scale, x_zero_point, scale, zero_point, table) => (y)
 """
     + LEVELS
     + """
+    flat_levels = Reshape (levels, last)
+    channels = Squeeze (table_total, axis_zero)
+    level_count = Mul (channels, code_count)
+    wide_offsets = Range (zero, level_count, code_count)
+    flat_offsets = Cast <to = 6> (wide_offsets)
     axis_number = Constant <value_int: int = @axis> ()
     axis_dims = Reshape (axis_number, axis_one)
     behind = Sub (last, axis_dims)
@@ -84,7 +83,7 @@ LutRequantize <axis> (x, x_scale, x_zero_point, scale, zero_point, table) => (y)
     index = Cast <to = 6> (x)
     places = Add (index, offsets)
     flat_places = Reshape (places, last)
-    flat = GatherElements <axis = 0> (levels, flat_places)
+    flat = GatherElements <axis = 0> (flat_levels, flat_places)
     y = Reshape (flat, x_dims)
 }"""
 )

@@ -212,12 +212,20 @@ def _requantize(code: npt.NDArray[np.int32], levels: Codes, feedback: Feedback) 
         if not len(members):
             continue
         inner = _rounded(total, feedback.left_scale, LARGEST_ERROR)
-        shift = _rounded(right[members] @ inner, feedback.right_scale[members], LARGEST_SHIFT)
+        shift = _rounded(_product(right[members], inner), feedback.right_scale[members], LARGEST_SHIFT)
         aim = np.clip(code[members] - shift.astype(np.int32), 0, 255)
         y[members] = levels[members[:, None] if len(levels) > 1 else 0, aim]
         error = np.clip(y[members] - code[members], -LARGEST_ERROR, LARGEST_ERROR)
-        total += left[:, members] @ error.astype(np.float32)
+        total += _product(left[:, members], error.astype(np.float32))
     return y
+
+
+def _product(first: Real, second: Real) -> Real:
+    """Of matrices of small integers."""
+    # OpenBLAS 0.3.31 reads beyond narrow matrices, and warns of NaNs that happen to lie there.
+    with np.errstate(invalid="ignore"):
+        found: Real = first @ second
+    return found
 
 
 def _rounded(sums: Real, scale: Real, largest: int) -> Real:

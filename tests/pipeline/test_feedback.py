@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -39,12 +41,23 @@ CONFIG = QuantConfig(
 )
 
 
-@pytest.fixture
-def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def few_steps() -> Iterator[None]:
     """Blocks are learned in a moment, and the network not at all."""
     real = recipe.recipe_for
-    monkeypatch.setattr(learning_run, "recipe_for", lambda *a: dataclasses.replace(real(*a), iterations=8))
-    monkeypatch.setattr(learning_run, "network_recipe", lambda *_: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning_run, "recipe_for", lambda *a: dataclasses.replace(real(*a), iterations=8))
+        patch.setattr(learning_run, "network_recipe", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def result(few_steps: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, pathlib.Path]:
+    """The digits with feedback, and where they were written."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed")
+    folder = tmp_path_factory.mktemp("feedback") / "out"
+    return quantize(load_digits().model, _feeds(), CONFIG, out=folder), folder
 
 
 def _feeds(count: int = 48) -> list[dict[str, Any]]:
@@ -57,24 +70,23 @@ def _fed(plan: QuantPlan) -> list[TensorQuantizer]:
     return [entry for entry in entries if entry.feedback is not None]
 
 
-@pytest.mark.usefixtures("torch_installed", "few_steps")
-def test_a_feedback_is_what_the_file_computes(tmp_path: pathlib.Path) -> None:
-    digits = load_digits()
-    result = quantize(digits.model, _feeds(), CONFIG, out=tmp_path / "out")
-    assert all(check.passed for check in result.report.checks), result.report.checks
-    assert {stage.name: stage for stage in result.report.stages}["error feedback"].kept
-    plan = QuantPlan.load(tmp_path / "out" / "plan.safetensors")
-    emitted = ir.load(tmp_path / "out" / "model.onnx")
+@pytest.mark.usefixtures("torch_installed")
+def test_a_feedback_is_what_the_file_computes(result: tuple[Any, pathlib.Path]) -> None:
+    found, folder = result
+    assert all(check.passed for check in found.report.checks), found.report.checks
+    assert {stage.name: stage for stage in found.report.stages}["error feedback"].kept
+    plan = QuantPlan.load(folder / "plan.safetensors")
+    emitted = ir.load(folder / "model.onnx")
     nodes = [node for node in emitted.graph if node.op_type == "FeedbackRequantize"]
     assert len(_fed(plan)) == len(nodes) > 0
     # The function body and the kernels give the same bits.
     options = onnxruntime.SessionOptions()
     assert register(options)
-    images = digits.test[:50]
-    path = str(tmp_path / "out" / "model.onnx")
+    images = load_digits().test[:50]
+    path = str(folder / "model.onnx")
     plain, native = (onnxruntime.InferenceSession(path, o).run(None, {"image": images})[0] for o in (None, options))
     np.testing.assert_array_equal(plain, native)
-    assert [check for check in verify_folder(tmp_path / "out") if not check.passed] == []
+    assert [check for check in verify_folder(folder) if not check.passed] == []
     recovered = recover_float_model(emitted, plan)
     assert not list(differences(recovered, emit(recovered, plan), plan))
     # Other numbers in the file are found, and so is a look-up without them.
@@ -88,17 +100,15 @@ def test_a_feedback_is_what_the_file_computes(tmp_path: pathlib.Path) -> None:
     assert len(list(differences(recovered, emit(recovered, without_borders(plan)), plan))) == len(nodes)
 
 
-@pytest.mark.usefixtures("torch_installed", "few_steps")
-def test_the_standard_form_takes_nearest_levels_and_says_so(tmp_path: pathlib.Path) -> None:
-    digits = load_digits()
-    quantize(digits.model, _feeds(), CONFIG, out=tmp_path / "out")
-    plan = QuantPlan.load(tmp_path / "out" / "plan.safetensors")
-    emitted = ir.load(tmp_path / "out" / "model.onnx")
+@pytest.mark.usefixtures("torch_installed")
+def test_the_standard_form_takes_nearest_levels_and_says_so(result: tuple[Any, pathlib.Path]) -> None:
+    plan = QuantPlan.load(result[1] / "plan.safetensors")
+    emitted = ir.load(result[1] / "model.onnx")
     standard = standard_model(emitted)
     assert len(standard.changes) == len(_fed(plan))
     assert all("error feedback" in change for change in standard.changes)
     recovered = recover_float_model(emitted, plan)
-    images = {"image": digits.test[:50]}
+    images = {"image": load_digits().test[:50]}
     expected = onnxruntime.InferenceSession(
         ir.to_proto(emit(recovered, without_borders(plan))).SerializeToString()
     ).run(None, images)[0]
@@ -106,10 +116,11 @@ def test_the_standard_form_takes_nearest_levels_and_says_so(tmp_path: pathlib.Pa
     np.testing.assert_allclose(session.run(None, images)[0], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("torch_installed", "few_steps")
-def test_an_interrupted_run_does_not_measure_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    digits = load_digits()
-    whole = quantize(digits.model, _feeds(), CONFIG, out=tmp_path / "whole")
+@pytest.mark.usefixtures("torch_installed")
+def test_an_interrupted_run_does_not_measure_again(
+    result: tuple[Any, pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits, (whole, folder) = load_digits(), result
     with monkeypatch.context() as patch:
         patch.setattr(stages, "learn", _interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -117,8 +128,7 @@ def test_an_interrupted_run_does_not_measure_again(tmp_path: pathlib.Path, monke
     monkeypatch.setattr("postquant.calib.learn.moments.measure_moments", _interrupted)
     again = quantize(digits.model, _feeds(), CONFIG, out=tmp_path / "out")
     assert again.report.stages == whole.report.stages
-    files = [(tmp_path / name / "model.onnx").read_bytes() for name in ("whole", "out")]
-    assert files[0] == files[1]
+    assert (folder / "model.onnx").read_bytes() == (tmp_path / "out" / "model.onnx").read_bytes()
 
 
 def _interrupted(*_: Any, **__: Any) -> Any:

@@ -58,7 +58,7 @@ def code_books_wanted(job: Job) -> bool:
 
 def least_gain_db(config: QuantConfig) -> float:
     """By how much the network's outputs must get better."""
-    if config.activations is Activations.LUT:
+    if config.activations is Activations.LUT or config.feedback:
         return 0.0
     return _WORTH_BEFORE_LEARNING_DB if config.learn else WORTH_DB
 

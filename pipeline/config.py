@@ -224,11 +224,7 @@ class QuantConfig:
     cross_layer: bool | None = flag("cross-layer equalization", none="below 8 bits")
     smooth: bool | None = flag("SmoothQuant-style migration for MatMul", none="with easyquant")
     bias_correction: bool | None = flag("bias correction of the weight error", none="with easyquant")
-    feedback: bool | None = flag(
-        "channels of activations with code books make up for each other's rounding errors, by an operator of ours; "
-        "only where blocks are learned",
-        none="where it gains 1 dB",
-    )
+    feedback: bool | None = flag("channels with code books make up for each other's errors", none="with learn")
     border: Border = choice(
         Border, "rounding borders, by an operator of ours, for activations of 4 and fewer bits", default=Border.AUTO
     )

@@ -15,14 +15,15 @@ from postquant.pipeline.stage_log import StageLog
 from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
-# Learning makes several times as much of it (docs/learning.md, "Error feedback").
-_WORTH_DB = 0.1
+# Biases and levels that suit it come only with learning, which makes 1 dB more of it (docs/learning.md, "Error
+# feedback"): so much may be lost in front of it.
+_MOST_LOSS_DB = 0.5
 
 
 def decide_feedback(
     job: Job, reference: ir.Model, model: ir.Model, plan: QuantPlan, log: StageLog, *, threads: int
 ) -> QuantPlan:
-    """Gives all activations whose channels have code books an error feedback where the output error falls by enough.
+    """Gives all activations whose channels have code books an error feedback, unless the output error rises by much.
 
     Only where blocks are learned: it needs gradients of the network's outputs, and so torch.
 
@@ -56,10 +57,8 @@ def decide_feedback(
     trial = Trial(reference, job.source, threads=threads)
     before, after = trial.measure(model, plan), trial.measure(model, changed)
     gain = 20 * math.log10(max(before.error, 1e-30) / max(after.error, 1e-30))
-    least = 0.0 if wanted else _WORTH_DB
-    kept = gain > least
-    needed = "" if wanted or kept else f", {least:g} dB would be worth their run time"
-    detail = f"{count} activations, {gain:.2f} dB better than nearest levels{needed}"
+    kept = bool(wanted) or gain > -_MOST_LOSS_DB
+    detail = f"{count} activations, {gain:+.2f} dB to nearest levels, before learning"
     log.add("error feedback", detail, kept=kept, sqnr_db=after.sqnr_db)
     plan = changed if kept else plan
     job.checkpoint.save("feedback", plan=plan, data=log.since_resume())

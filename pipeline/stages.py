@@ -254,8 +254,7 @@ def _generalizing(
     """The plan with the smallest output error on samples that the choice of ranges has not seen."""
     trial = Trial(model, source, threads=threads)
     first = start_weights(model, next(iter(plans.values())))
-    means = input_means(model, first, source, samples=16)
-    corrected = correct_biases(model, first, means)
+    corrected = correct_biases(model, first, input_means(model, first, source, samples=16))
     outcomes = []
     for plan in plans.values():
         candidate = dataclasses.replace(corrected, activations=plan.activations, requants=plan.requants)

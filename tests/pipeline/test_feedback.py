@@ -6,7 +6,9 @@ import dataclasses
 import importlib.util
 import pathlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import onnx_ir as ir
@@ -18,14 +20,14 @@ from postquant.passes.emit import emit
 from postquant.passes.lut_expansion import with_qdq
 from postquant.passes.plan import QuantPlan
 from postquant.passes.standard import standard_model, without_borders
-from postquant.pipeline import learning_run, stages
+from postquant.pipeline import feedback, learning_run, stages
 from postquant.pipeline.api import quantize
 from postquant.pipeline.config import Activations, Method, QuantConfig, Weights
 from postquant.pipeline.demo.digits import load_digits
 from postquant.pipeline.plan_check import differences
 from postquant.pipeline.recover import recover_float_model
 from postquant.pipeline.verify_folder import verify_folder
-from postquant.runtime_ops.errors import ConfigError
+from postquant.runtime_ops.errors import ConfigError, ModelError
 from postquant.runtime_ops.library import register
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
@@ -140,3 +142,31 @@ def test_errors_are_fed_back_only_where_blocks_are_learned() -> None:
         QuantConfig(feedback=True)
     with pytest.raises(ConfigError, match="activations"):
         QuantConfig(feedback=True, learn=True, activations=Activations.INT)
+
+
+@pytest.mark.parametrize(
+    ("errors", "asked", "kept"), [((1.0, 1.05), None, True), ((1.0, 1.1), None, False), ((1.0, 1.1), True, True)]
+)
+def test_without_being_asked_for_it_may_cost_little_in_front_of_learning(
+    errors: tuple[float, float], asked: bool | None, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = QuantPlan("before"), QuantPlan("after")
+    monkeypatch.setattr(feedback, "_with_feedback", lambda *_: (after, 3))
+    outcomes = iter(SimpleNamespace(error=error, sqnr_db=0.0) for error in errors)
+    monkeypatch.setattr(feedback, "Trial", lambda *_, **__: SimpleNamespace(measure=lambda *_: next(outcomes)))
+    job, log = MagicMock(), MagicMock()
+    job.config, job.checkpoint.load.return_value = QuantConfig(learn=True, feedback=asked), None
+    found = feedback.decide_feedback(job, Mock(), Mock(), before, log, threads=1)
+    assert found is (after if kept else before)
+    assert log.add.call_args.kwargs["kept"] is kept
+
+
+def test_where_torch_does_not_run_the_network_a_note_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ModelError("torch does not run the network", found="operator Loop")
+
+    monkeypatch.setattr(feedback, "_with_feedback", refuse)
+    job, log, plan = MagicMock(), MagicMock(), QuantPlan("plan")
+    job.config, job.checkpoint.load.return_value = QuantConfig(learn=True), None
+    assert feedback.decide_feedback(job, Mock(), Mock(), plan, log, threads=1) is plan
+    assert "operator Loop" in log.note.call_args.args[0]

@@ -16,12 +16,11 @@ order, and the rest is single float32 operations: every implementation gives the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from postquant.runtime_ops.array_parts import ArrayParts
 from postquant.runtime_ops.code_book import nearest_codes
 from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.law_levels import Codes, Real, check_channels, check_table, level_codes
@@ -38,7 +37,7 @@ COEFFICIENT_WEIGHT = 2**24 // LARGEST_ERROR
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Feedback:
+class Feedback(ArrayParts):
     """How errors of channels change other channels.
 
     Attributes:
@@ -51,6 +50,8 @@ class Feedback:
     Raises:
         ModelError: If the parts do not fit together.
     """
+
+    whole = "an error feedback"
 
     group: Codes
     left: Small
@@ -92,22 +93,6 @@ class Feedback:
     def rank(self) -> int:
         """R."""
         return len(self.left)
-
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """All arrays by name, in the order of the operator's inputs; :meth:`from_arrays` reads them back."""
-        return {field.name: np.ascontiguousarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Feedback:
-        """The inverse of :meth:`arrays`.
-
-        Raises:
-            ModelError: If an array is missing.
-        """
-        missing = [field.name for field in dataclasses.fields(cls) if field.name not in arrays]
-        if missing:
-            raise ModelError("a part of an error feedback is missing", where=missing[0])
-        return cls(**{field.name: arrays[field.name] for field in dataclasses.fields(cls)})
 
     def _check_shapes(self) -> None:
         channels = len(self.group) if self.group.ndim == 1 else 0

@@ -8,18 +8,16 @@ keep its border.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from postquant.runtime_ops.errors import ModelError
+from postquant.runtime_ops.array_parts import ArrayParts
 from postquant.runtime_ops.law_border import Border
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RoundingBorder:
+class RoundingBorder(ArrayParts):
     """The inputs 3 to 9 of BorderQuantize, in this order; shapes and limits as in :class:`Border`.
 
     Attributes:
@@ -31,6 +29,8 @@ class RoundingBorder:
         right: (C, R) int8.
         right_scale: (C,) float32.
     """
+
+    whole = "a rounding border"
 
     border: npt.NDArray[np.float32]
     window: npt.NDArray[np.int8]
@@ -54,22 +54,6 @@ class RoundingBorder:
     def has_window(self) -> bool:
         """Whether a value sees neighbours in its channel."""
         return self.window.shape[1:] != (1, 1)
-
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """All arrays by name, in the order of the operator's inputs; :meth:`from_arrays` reads them back."""
-        return {field.name: np.ascontiguousarray(getattr(self, field.name)) for field in dataclasses.fields(self)}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> RoundingBorder:
-        """The inverse of :meth:`arrays`.
-
-        Raises:
-            ModelError: If an array is missing.
-        """
-        missing = [field.name for field in dataclasses.fields(cls) if field.name not in arrays]
-        if missing:
-            raise ModelError("a part of a rounding border is missing", where=missing[0])
-        return cls(**{field.name: arrays[field.name] for field in dataclasses.fields(cls)})
 
     def law(self, scale: npt.NDArray[np.float32], zero_point: npt.NDArray[np.integer], qmin: int, qmax: int) -> Border:
         """All numbers of BorderQuantize.

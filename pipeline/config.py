@@ -234,7 +234,7 @@ class QuantConfig:
     learn: bool = flag("learn rounding, scales and biases block by block (needs torch)", default=False)
     effort: Effort = choice(Effort, "time that learning may take", default=Effort.NORMAL)
     max_layers: int = integer("quantized layers that one learned block may hold", default=6, low=1, high=1000)
-    fisher: bool = flag("weigh a block's errors by the gradients of the network's outputs", default=False)
+    fisher: bool | None = flag("weigh a block's errors by the gradients of the network's outputs", none="with learn")
     augment: bool = flag("learn from mirrored and shifted copies of images as well", default=True)
     memory: int = byte_count("activations that learning keeps in memory; more go to disk", default="2GiB")
     device: Device = choice(Device, "where blocks are learned", default=Device.CPU)

@@ -13,8 +13,8 @@ from postquant.calib.learn.recipe import Borders, Recipe, network_recipe, recipe
 from postquant.calib.work import forward_work
 from postquant.passes.blocks import Block
 from postquant.passes.plan import QuantPlan
+from postquant.pipeline.block_metrics import block_metrics
 from postquant.pipeline.config import Border
-from postquant.pipeline.importance import block_importance
 from postquant.pipeline.job import Job
 from postquant.pipeline.learned_depth import LEFT, LearnedDepth
 from postquant.pipeline.progress import NullProgress
@@ -116,7 +116,7 @@ class LearningRun:
             depth.add(plan, block)
             count += 1
 
-        importance, notes = block_importance(job, self._model, self._blocks, self.recipe)
+        metrics, notes = block_metrics(job, self._model, self._blocks, self.recipe)
         self.notes += notes
         learner = Learner(
             self._model,
@@ -127,7 +127,7 @@ class LearningRun:
             device=torch.device(job.config.device.value),
             positions=self._positions,
             threads=self._threads,
-            importance=importance,
+            metrics=metrics,
         )
         learner.run(plan, done=done, save=save, progress=lambda block, step, loss: bar.show(block.name, step, loss))
         left = sum(block.reason == LEFT for block in depth.blocks)

@@ -3,9 +3,9 @@
     L = |f(x_in) - y|^2 / |y - mean y|^2
 
 ``x_in`` comes from the already quantized prefix, ``y`` from the float network. Errors that no reader of the output can
-see do not count (:mod:`postquant.calib.learn.visible`), and y has the variance of what they see. Where the elements of
-y do not count the same (:mod:`postquant.calib.learn.fisher`), every squared error is multiplied by what it counts. With
-QDrop's masks a part of the input comes from the float network, and a part of the activations inside is not quantized.
+see do not count (:mod:`postquant.calib.learn.visible`), and y has the variance of what they see. Where it is known what
+errors of y do to the network's outputs, they count by that (:mod:`postquant.calib.learn.output_metric`). With QDrop's
+masks a part of the input comes from the float network, and a part of the activations inside is not quantized.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from postquant.calib.learn.block_cache import BlockSamples
 from postquant.calib.learn.block_quantizers import BlockQuantizers
 from postquant.calib.learn.objective import Objective
+from postquant.calib.learn.output_metric import OutputMetric
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.quantizers import DropMasks
 from postquant.calib.learn.reader import Reader
@@ -38,8 +39,7 @@ class BlockObjective(Objective):
         device: Where.
         steps: Threads for the parts of a batch.
         visible: What the readers of the output see of it.
-        importance: What every element of the output counts, of mean 1; None for 1
-            (:class:`postquant.calib.learn.fisher.Importance`).
+        metric: How errors of the output count; None for their squares.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class BlockObjective(Objective):
         device: torch.device,
         steps: ParallelSteps,
         visible: Visible,
-        importance: Tensor | None = None,
+        metric: OutputMetric | None = None,
     ) -> None:
         super().__init__(nodes, batch, device, steps)
         self._output = output
         self._samples = samples
         self._visible = visible
-        self._importance = None if importance is None else _fitting(importance, samples).to(device)
+        self._metric = None if metric is None else metric.to(device)
         total, square, count = 0.0, 0.0, 0
         for index in range(0, len(samples), max(len(samples) // 64, 1)):
             part = visible.clip(samples.target.take([index])).double()
@@ -79,30 +79,30 @@ class BlockObjective(Objective):
     def output(self, part: Sequence[int], reader: Reader) -> Tensor:
         """The block's output, in units in which every squared error counts 1."""
         result = self._visible.clip(self._run(self.inputs(part), reader))
-        return result if self._importance is None else result * self._importance.sqrt()
+        return result if self._metric is None else self._metric.image(result)
 
     def items(self, chosen: Sequence[int], masks: DropMasks | None) -> list[_Item]:
         """Samples and masks of every part."""
         return [(part, None if masks is None else masks.part()) for part in self.parts.cut(chosen)]
 
     def loss(self, item: _Item, constants: Mapping[str, Tensor], quantizers: BlockQuantizers) -> tuple[Tensor, int]:
-        """Relative error of the output, each element by what it counts."""
+        """Relative error of the output, by what it counts."""
         part, masks = item
         reader = quantizers.reader(masks=masks, constants=constants)
         result = self._run(self._mixed(part, masks), reader)
-        square = self._visible.error(result, self.take(self._samples.target, part)).square()
-        error = self._counted(square).mean() / self.variance
-        return error + reader.penalty(), len(part)
+        error = self._visible.error(result, self.take(self._samples.target, part))
+        return self._counted(error) / (error.numel() * self.variance) + reader.penalty(), len(part)
 
     def judged_sums(self, part: Sequence[int], reader: Reader) -> tuple[float, float, int]:
         """Of squared errors, by what they count and as they are, and the number of elements."""
         result = self._run(self.inputs(part), reader)
-        square = self._visible.error(result, self.take(self._samples.target, part)).square()
-        loss, error = (float(of.double().sum()) / self.variance for of in (self._counted(square), square))
-        return loss, error, result.numel()
+        error = self._visible.error(result, self.take(self._samples.target, part))
+        plain = float(error.square().double().sum())
+        counted = plain if self._metric is None else float(self._metric.energy(error))
+        return counted / self.variance, plain / self.variance, result.numel()
 
-    def _counted(self, square: Tensor) -> Tensor:
-        return square if self._importance is None else square * self._importance
+    def _counted(self, error: Tensor) -> Tensor:
+        return error.square().sum() if self._metric is None else self._metric.energy(error)
 
     def _run(self, inputs: Mapping[str, Tensor], reader: Reader) -> Tensor:
         return self.run(inputs, reader, (self._output,))[self._output]
@@ -118,11 +118,3 @@ class BlockObjective(Objective):
             floating = values.is_floating_point() and exact is not self._samples.quantized[name]
             result[name] = torch.lerp(self.take(exact, chosen), values, masks.like(values)) if floating else values
         return result
-
-
-def _fitting(importance: Tensor, samples: BlockSamples) -> Tensor:
-    """Averaged along the axes in which some sample has another length than those that it was measured on."""
-    for axis in range(1, importance.ndim):
-        if any(samples.target.shape(index)[axis] != importance.shape[axis] for index in range(len(samples))):
-            importance = importance.mean(axis, keepdim=True)
-    return importance

@@ -1,13 +1,15 @@
-"""How much every element of a block's output counts for the network's outputs: :func:`measure_importance`.
+"""How much errors of a block's output count for the network's outputs: :func:`measure_metrics`.
 
 BRECQ (Li et al. 2021, section 3.2) weighs the squared error of a block's output z with the squared gradient of the task
-loss, the diagonal of the Fisher matrix. Without labels the float network's own outputs f take the loss's place: to
-second order, an error of z that is independent in every element changes them by
+loss, the diagonal of the Fisher matrix. Here it is a block of that matrix, that of the channels at one place, and
+without labels the float network's own outputs f take the loss's place: to second order, errors ``e`` of the C channels
+at one place change them by
 
-    sum_o |df_o|^2 / (n_o V_o) = sum_i m_i dz_i^2,    m_i = mean over samples of sum_o (df_o / dz_i)^2 / (n_o V_o)
+    sum_o |df_o|^2 / (n_o V_o) = e' H e,    H = mean over samples and places of sum_o g_o g_o' / (n_o V_o)
 
-with n_o elements and the variance V_o of output o. Random signs v on all outputs estimate it with one backward run of
-the network for all blocks together: ``E (d(v . f) / dz_i)^2 = sum_o (df_o / dz_i)^2`` (Hutchinson 1990).
+with ``g_o = df_o / dz`` (C) there, n_o elements and the variance V_o of output o; errors of different places are taken
+as independent. Random signs v on all outputs estimate it with one backward run of the network for all blocks together:
+``E g g' = sum_o g_o g_o'`` for ``g = d(v . f) / dz`` (Hutchinson 1990).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 from postquant.calib.input_spec import Sample
 from postquant.calib.learn.executor import constant_values, run_nodes, supported
 from postquant.calib.learn.learner import torch_limits
+from postquant.calib.learn.output_metric import OutputMetric, channel_products
 from postquant.calib.prefix import spaced
 from postquant.calib.source import CalibrationSource
 from postquant.passes.session import Session, make_session
@@ -29,8 +32,11 @@ from postquant.passes.subgraph import node_sources
 from postquant.runtime_ops.errors import ModelError
 
 Tensor = torch.Tensor
-# So many samples tell the mean of a squared gradient (docs/learning.md).
+# So many samples tell the mean of products of gradients.
 _SAMPLES = 128
+# With more channels the eigenvectors of H take minutes; with fewer places than so many per channel it is mostly noise.
+_MOST_CHANNELS = 2048
+_PLACES_PER_CHANNEL = 4
 # The float network in torch may differ from onnxruntime by so much, relative to its largest value.
 _SAME = 1e-3
 # An output whose variance is a smaller share of its mean square does not vary.
@@ -38,56 +44,53 @@ _CONSTANT = 1e-10
 
 
 @dataclasses.dataclass(frozen=True)
-class Importance:
+class Metrics:
     """What is known about the outputs of blocks.
 
     Attributes:
-        weights: Name of a value -> float32 on the CPU, >= 0, mean 1. Axes along which all samples have the same length
-            are kept, others (the first among them: it holds the samples of a batch) have length 1, so that it
-            broadcasts against any batch.
-        reasons: Name of a value that has none -> why, a clause.
+        found: Name of a value -> how its errors count.
+        reasons: Name of a value of which that is not known -> why, a clause.
     """
 
-    weights: Mapping[str, Tensor]
+    found: Mapping[str, OutputMetric]
     reasons: Mapping[str, str]
 
 
-def measure_importance(
+def measure_metrics(
     model: ir.Model,
-    names: Sequence[str],
+    axes: Mapping[str, int],
     source: CalibrationSource,
     indices: Sequence[int],
     *,
     seed: int,
     device: torch.device,
-) -> Importance:
-    """What the elements of some values count for the float network's outputs.
+) -> Metrics:
+    """How errors of some values count for the float network's outputs.
 
     Onnxruntime runs the network up to the first of the values, and torch everything behind it, sample by sample.
 
     Args:
         model: The simplified float model; not changed.
-        names: Values of its main graph.
+        axes: Values of its main graph -> the axis of their channels, counted from the last one, -1.
         source: Calibration data.
         indices: Samples that may be used, increasing; at most 128 of them, evenly spaced, are.
         seed: Of the signs.
         device: Where.
     """
-    behind = {name: _behind(model, name) for name in names}
-    reasons = {name: reason for name in names if (reason := _obstacle(behind[name])) is not None}
-    weighed = [name for name in names if name not in reasons]
+    behind = {name: _behind(model, name) for name in axes}
+    reasons = {name: reason for name in axes if (reason := _obstacle(behind[name])) is not None}
+    weighed = {name: axis for name, axis in axes.items() if name not in reasons}
     if not weighed:
-        return Importance({}, reasons)
+        return Metrics({}, reasons)
     chosen = [indices[place] for place in spaced(len(indices), _SAMPLES)]
     tail = _Tail(model, weighed, {node for name in weighed for node in behind[name]}, device)
     try:
         with torch_limits():
             sums = tail.measure(source, chosen, torch.Generator().manual_seed(seed))
     except (RuntimeError, ModelError) as error:
-        return Importance({}, reasons | dict.fromkeys(weighed, f"torch cannot run what lies behind: {error}"))
-    weights = {name: sums[name].weights() for name in weighed}
-    reasons |= {name: "no output depends smoothly on it" for name, found in weights.items() if found is None}
-    return Importance({name: found for name, found in weights.items() if found is not None}, reasons)
+        return Metrics({}, reasons | dict.fromkeys(weighed, f"torch cannot run what lies behind: {error}"))
+    reasons |= {name: reason for name, products in sums.items() if (reason := products.obstacle()) is not None}
+    return Metrics({name: found.metric() for name, found in sums.items() if name not in reasons}, reasons)
 
 
 def output_scales(
@@ -143,30 +146,46 @@ def same_outputs(values: Mapping[str, Tensor], wanted: Sample) -> None:
             raise ModelError("in torch it differs from onnxruntime", where=name)
 
 
-class _Squares:
-    """Sum over samples of squared gradients of one value; axes of different lengths are averaged."""
+class _Products:
+    """Sum over samples and places of the products of one value's gradients.
 
-    def __init__(self) -> None:
+    Args:
+        axis: Of the channels, counted from the last one.
+    """
+
+    def __init__(self, axis: int) -> None:
+        self._axis = axis
         self._total: Tensor | None = None
+        self._places = 0
+        self._obstacle: str | None = None
 
     def add(self, gradient: Tensor) -> None:
-        """Takes the gradient for one sample, of any shape."""
-        square = gradient.double().square().cpu()
-        square = square.mean(0, keepdim=True) if square.ndim else square
-        if self._total is None:
-            self._total = square
-            return
-        for axis in range(square.ndim):
-            if square.shape[axis] != self._total.shape[axis]:
-                square, self._total = square.mean(axis, keepdim=True), self._total.mean(axis, keepdim=True)
-        self._total = self._total + square
+        """Takes the gradient for one sample."""
+        channels = gradient.shape[self._axis] if gradient.ndim >= -self._axis else 0
+        if not 0 < channels <= _MOST_CHANNELS:
+            self._obstacle = f"it has {channels} channels, and up to {_MOST_CHANNELS} can be measured"
+        elif self._total is not None and len(self._total) != channels:
+            self._obstacle = "the number of its channels depends on the sample"
+        else:
+            products = channel_products(gradient, self._axis)
+            self._total = products if self._total is None else self._total + products
+            self._places += gradient.numel() // channels
 
-    def weights(self) -> Tensor | None:
-        """In units of their mean; None where that is 0 or not finite."""
-        mean = 0.0 if self._total is None else float(self._total.mean())
-        if self._total is None or not 0 < mean < float("inf"):
-            return None
-        return (self._total / mean).float()
+    def obstacle(self) -> str | None:
+        """Why the sum says nothing, a clause."""
+        if self._obstacle is not None:
+            return self._obstacle
+        trace = 0.0 if self._total is None else float(self._total.trace())
+        if self._total is None or not 0 < trace < float("inf"):
+            return "no output depends smoothly on it"
+        if self._places < _PLACES_PER_CHANNEL * len(self._total):
+            return f"{self._places} places are too few for {len(self._total)} channels"
+        return None
+
+    def metric(self) -> OutputMetric:
+        """What it says, where there is no obstacle."""
+        assert self._total is not None
+        return OutputMetric(self._total, self._axis)
 
 
 class _Tail:
@@ -174,13 +193,16 @@ class _Tail:
 
     Args:
         model: The float model.
-        names: The values.
+        axes: The values, with the axes of their channels.
         nodes: Nodes that depend on one of them.
         device: Where.
     """
 
-    def __init__(self, model: ir.Model, names: Sequence[str], nodes: Collection[ir.Node], device: torch.device) -> None:
-        self._names = names
+    def __init__(
+        self, model: ir.Model, axes: Mapping[str, int], nodes: Collection[ir.Node], device: torch.device
+    ) -> None:
+        self._axes = axes
+        names = self._names = list(axes)
         self._nodes = [node for node in model.graph if node in nodes]
         self._device = device
         self._constants = constant_values(self._nodes, device)
@@ -195,14 +217,14 @@ class _Tail:
 
     def measure(
         self, source: CalibrationSource, chosen: Sequence[int], generator: torch.Generator
-    ) -> dict[str, _Squares]:
-        """Squared gradients of the values, summed over samples.
+    ) -> dict[str, _Products]:
+        """Products of the values' gradients, summed over samples.
 
         Raises:
             ModelError: If torch does not compute what onnxruntime does.
         """
         scales = output_scales(self._session, self._outputs, source, chosen)
-        sums = {name: _Squares() for name in self._names}
+        sums = {name: _Products(axis) for name, axis in self._axes.items()}
         for index, found in enumerate(self._found(source, chosen)):
             values = self._run(found)
             if index == 0:

@@ -23,6 +23,7 @@ from postquant.calib.learn.block_objective import BlockObjective
 from postquant.calib.learn.block_quantizers import FIXED_BITS, BlockQuantizers
 from postquant.calib.learn.executor import supported
 from postquant.calib.learn.objective import BlockDiffersError
+from postquant.calib.learn.output_metric import OutputMetric
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.read_keys import keys_read
 from postquant.calib.learn.recipe import Borders, Recipe, Rounding, block_recipe, judging_samples
@@ -74,8 +75,8 @@ class Learner:
         device: Where.
         positions: Output positions per sample, by the layer's name; a layer that is missing counts as one position.
         threads: Parts of a batch that are computed at the same time on the CPU, at least 1; never changes the result.
-        importance: Name of a block's output -> what its elements count
-            (:func:`postquant.calib.learn.fisher.measure_importance`); they count the same where it is missing.
+        metrics: Name of a block's output -> how its errors count
+            (:func:`postquant.calib.learn.fisher.measure_metrics`); by their squares where it is missing.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Learner:
         device: torch.device,
         positions: Mapping[str, int],
         threads: int = 1,
-        importance: Mapping[str, torch.Tensor] | None = None,
+        metrics: Mapping[str, OutputMetric] | None = None,
     ) -> None:
         self._threads = threads if device.type == "cpu" else 1
         self._nodes = {node.name: node for node in model.graph}
@@ -101,7 +102,7 @@ class Learner:
         self._seed = seed
         self._device = device
         self._positions = positions
-        self._importance = importance or {}
+        self._metrics = metrics or {}
 
     def run(
         self,
@@ -161,7 +162,7 @@ class Learner:
                     self._device,
                     steps,
                     visible,
-                    self._importance.get(block.output),
+                    self._metrics.get(block.output),
                 ),
                 samples.groups,
                 quantizers,

@@ -23,6 +23,7 @@ from postquant.calib.input_spec import Sample
 from postquant.calib.learn.executor import constant_values, run_nodes, supported
 from postquant.calib.learn.fisher import output_scales, random_signs, same_outputs
 from postquant.calib.learn.learner import torch_limits
+from postquant.calib.learn.output_metric import channel_products
 from postquant.calib.output_error import float_outputs
 from postquant.calib.prefix import spaced
 from postquant.calib.source import CalibrationSource
@@ -152,11 +153,10 @@ class _Gradients:
     def _add(self, found: dict[str, Moments], site: FeedbackSite, x: Tensor, gradient: Tensor) -> None:
         axis = site.quantizer.table_axis
         assert axis is not None
-        rows = gradient.movedim(axis, 0).reshape(gradient.shape[axis], -1)
         real = x.cpu().numpy()
         error = np.square(site.quantizer.simulate(real) - real, dtype=np.float64)
-        noise = np.moveaxis(error, axis, 0).reshape(len(rows), -1).mean(axis=1)
-        hessian = (rows @ rows.T).double().cpu().numpy()
+        noise = np.moveaxis(error, axis, 0).reshape(error.shape[axis], -1).mean(axis=1)
+        hessian = channel_products(gradient, axis).numpy()
         if site.value in found:
             found[site.value].hessian += hessian
             found[site.value].noise += noise

@@ -1,4 +1,4 @@
-"""What elements count is the mean squared gradient of the outputs, and learning goes by it."""
+"""Errors count by what they do to the outputs, channels at a place together, and learning goes by it."""
 
 import math
 import pathlib
@@ -15,7 +15,8 @@ from postquant.calib.learn import fisher
 from postquant.calib.learn.block_cache import BlockCache
 from postquant.calib.learn.block_objective import BlockObjective
 from postquant.calib.learn.block_quantizers import BlockQuantizers
-from postquant.calib.learn.fisher import Importance, measure_importance
+from postquant.calib.learn.fisher import Metrics, measure_metrics
+from postquant.calib.learn.output_metric import OutputMetric
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.recipe import Recipe
 from postquant.calib.learn.visible import Visible
@@ -52,9 +53,23 @@ def _model(text: str, **constants: np.ndarray) -> ir.Model:
     return ir.from_proto(proto)
 
 
-def _measure(model: ir.Model, names: list[str], xs: list[np.ndarray], seed: int = 0) -> Importance:
+def _measure(model: ir.Model, axes: dict[str, int], xs: list[np.ndarray], seed: int = 0) -> Metrics:
     source = open_source([{"x": x.astype(np.float32)} for x in xs], input_specs(model))
-    return measure_importance(model, names, source, range(len(xs)), seed=seed, device=CPU)
+    return measure_metrics(model, axes, source, range(len(xs)), seed=seed, device=CPU)
+
+
+def _matrix(metric: OutputMetric, shape: tuple[int, ...]) -> np.ndarray:
+    """What an error of one place counts, (C, C), found by its energies alone."""
+    channels = shape[metric._axis]
+    rows = np.eye(channels, dtype=np.float32)
+
+    def energy(row: np.ndarray) -> float:
+        moved = np.zeros(np.moveaxis(np.empty(shape), metric._axis, -1).shape, np.float32)
+        moved.reshape(-1, channels)[0] = row
+        return float(metric.energy(torch.from_numpy(np.ascontiguousarray(np.moveaxis(moved, -1, metric._axis)))))
+
+    own = [energy(row) for row in rows]
+    return np.array([[(energy(a + b) - own[i] - own[j]) / 2 for j, b in enumerate(rows)] for i, a in enumerate(rows)])
 
 
 def _images(count: int = 60, size: int = 5) -> list[np.ndarray]:
@@ -67,48 +82,72 @@ def _float_network(x: torch.Tensor, w2: np.ndarray) -> tuple[torch.Tensor, torch
     return r0, a, a.mean((2, 3)).tanh() @ torch.from_numpy(w2)
 
 
-def _squared_jacobians(xs: list[np.ndarray], w2: np.ndarray) -> list[np.ndarray]:
-    """Mean over samples of the sum over outputs of squared derivatives, in units of its mean, for r0 and a."""
-    total = [np.zeros((1, 4, 5, 5)), np.zeros((1, 4, 5, 5))]
+def _expected(xs: list[np.ndarray], w2: np.ndarray) -> list[np.ndarray]:
+    """H of r0 and of a, with a tenth of its mean diagonal added, in units of that."""
+    total = [np.zeros((4, 4)), np.zeros((4, 4))]
     for x in xs:
         r0, a, y = _float_network(torch.from_numpy(x.astype(np.float32)), w2)
         for output in y[0]:
             for index, gradient in enumerate(torch.autograd.grad(output, [r0, a], retain_graph=True)):
-                total[index] += gradient.numpy().astype(float) ** 2
-    return [found / found.mean() for found in total]
+                rows = gradient.numpy().astype(float).reshape(4, -1)
+                total[index] += rows @ rows.T
+    return [_damped(found) for found in total]
 
 
-def test_with_one_output_it_is_the_mean_squared_gradient() -> None:
+def _damped(hessian: np.ndarray) -> np.ndarray:
+    result: np.ndarray = (hessian / np.diag(hessian).mean() + 0.1 * np.eye(len(hessian))) / 1.1
+    return result
+
+
+def test_with_one_output_errors_count_by_the_mean_product_of_gradients() -> None:
     xs = _images(20)
-    found = _measure(_model(IMAGES, w0=W0, w1=W1, w2=W2[:, :1]), ["r0", "a"], xs)
-    assert not found.reasons
-    for name, expected in zip(["r0", "a"], _squared_jacobians(xs, W2[:, :1]), strict=True):
-        np.testing.assert_allclose(found.weights[name].numpy(), expected, rtol=2e-4, atol=1e-5)
+    result = _measure(_model(IMAGES, w0=W0, w1=W1, w2=W2[:, :1]), {"r0": -3, "a": -3}, xs)
+    assert not result.reasons
+    for name, expected in zip(["r0", "a"], _expected(xs, W2[:, :1]), strict=True):
+        # Directions with a hundredth of the trace are left out.
+        np.testing.assert_allclose(_matrix(result.found[name], (1, 4, 5, 5)), expected, atol=0.05)
 
 
 def test_with_several_outputs_random_signs_estimate_the_sum_over_them() -> None:
     xs = _images(128)
-    found = _measure(_model(IMAGES, w0=W0, w1=W1, w2=W2), ["r0", "a"], xs)
-    for name, expected in zip(["r0", "a"], _squared_jacobians(xs, W2), strict=True):
-        got = found.weights[name].numpy()
-        assert got.dtype == np.float32
-        assert got.mean() == pytest.approx(1.0, abs=1e-5)
-        np.testing.assert_allclose(got, expected, rtol=0.6, atol=0.05)
+    result = _measure(_model(IMAGES, w0=W0, w1=W1, w2=W2), {"r0": -3, "a": -3}, xs)
+    for name, expected in zip(["r0", "a"], _expected(xs, W2), strict=True):
+        got = _matrix(result.found[name], (1, 4, 5, 5))
+        assert np.trace(got) == pytest.approx(4.0, abs=0.05)
+        np.testing.assert_allclose(got, expected, atol=0.4)
         assert np.corrcoef(got.ravel(), expected.ravel())[0, 1] > 0.9
 
 
-def test_the_same_seed_gives_the_same_bytes() -> None:
+def test_the_same_seed_gives_the_same_numbers() -> None:
     xs, model = _images(8), _model(IMAGES, w0=W0, w1=W1, w2=W2)
-    first, again, other = (_measure(model, ["r0"], xs, seed).weights["r0"].numpy() for seed in (0, 0, 1))
-    assert first.tobytes() == again.tobytes() != other.tobytes()
+    error = torch.from_numpy(RNG.standard_normal((1, 4, 5, 5)).astype(np.float32))
+    first, again, other = (float(_measure(model, {"r0": -3}, xs, seed).found["r0"].energy(error)) for seed in (0, 0, 1))
+    assert first == again != other
 
 
-def test_axes_of_different_lengths_are_averaged() -> None:
+def test_places_may_differ_in_number_and_channels_may_not() -> None:
     xs = [x[..., : 4 + index % 3] for index, x in enumerate(_images(12, size=7))]
-    found = _measure(_model(IMAGES, w0=W0, w1=W1, w2=W2[:, :1]), ["a"], xs).weights["a"]
-    # Behind ``a`` each position counts alike, 1 / 49, 1 / 35 ... of its channel.
-    assert found.shape == (1, 4, 7, 1)
-    np.testing.assert_allclose(found.numpy(), np.broadcast_to(found[:, :, :1].numpy(), found.shape), rtol=1e-4)
+    model = _model(IMAGES, w0=W0, w1=W1, w2=W2[:, :1])
+    assert not _measure(model, {"a": -3}, xs).reasons
+    assert _measure(model, {"a": -1}, xs).reasons == {"a": "the number of its channels depends on the sample"}
+
+
+def test_few_places_say_nothing() -> None:
+    result = _measure(_model(IMAGES, w0=W0, w1=W1, w2=W2), {"f": -1, "a": -3}, _images(12))
+    assert list(result.found) == ["a"]
+    assert result.reasons == {"f": "12 places are too few for 4 channels"}
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((2, 3, 4, 5), -3), ((2, 4, 3), -1), ((6, 3), -1), ((2, 3, 4), -2)])
+def test_the_energy_is_that_of_the_matrix_and_of_the_image(shape: tuple[int, ...], axis: int) -> None:
+    root = RNG.standard_normal((3, 3))
+    metric = OutputMetric(torch.from_numpy(root @ root.T + np.eye(3)), axis)
+    error = RNG.standard_normal(shape).astype(np.float32)
+    rows = np.moveaxis(error, axis, -1).reshape(-1, 3).astype(np.float64)
+    expected = np.einsum("pi,ij,pj->", rows, _damped(root @ root.T + np.eye(3)), rows)
+    tensor = torch.from_numpy(error)
+    assert float(metric.energy(tensor)) == pytest.approx(expected, rel=0.03)
+    assert float(metric.image(tensor).square().sum()) == pytest.approx(float(metric.energy(tensor)), rel=1e-5)
 
 
 TWO = """
@@ -129,13 +168,14 @@ def test_every_varying_output_counts_the_same_whatever_its_unit() -> None:
     u, v = np.array([[2.0, 0], [0, 3], [0, 0]]), np.array([[0.0], [0], [1]])
     xs = [RNG.standard_normal((1, 3)) for _ in range(200)]
     weights = {"w": np.eye(3), "u": u, "nothing": np.zeros((3, 1)), "one": np.ones(1)}
-    found = [_measure(_model(TWO, v=v * unit, **weights), ["h"], xs).weights["h"].numpy() for unit in (1, 1000)]
-    np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
+    found = [_measure(_model(TWO, v=v * unit, **weights), {"h": -1}, xs).found["h"] for unit in (1, 1000)]
+    matrices = [_matrix(metric, (1, 3)) for metric in found]
+    np.testing.assert_allclose(matrices[0], matrices[1], rtol=1e-3, atol=1e-4)
     # Each column of h reaches one output only, so that no sign matters.
     used = np.stack(xs)[:, 0][[200 * index // 128 for index in range(128)]]
     y = used @ u
     expected = np.array([4 / (2 * y.var()), 9 / (2 * y.var()), 1 / (used @ v).var()])
-    np.testing.assert_allclose(found[0][0], expected / expected.mean(), rtol=0.05)
+    np.testing.assert_allclose(np.diag(matrices[0]), np.diag(_damped(np.diag(expected))), rtol=0.05)
 
 
 HARD = """
@@ -152,10 +192,10 @@ HARD = """
 
 def test_a_value_without_a_gradient_has_a_reason() -> None:
     weights = {"w": RNG.standard_normal((4, 4))}
-    found = _measure(_model(HARD, **weights), ["h", "g", "s"], [np.ones((1, 4))] * 3)
+    result = _measure(_model(HARD, **weights), {"h": -1, "g": -1, "s": -1}, [np.ones((1, 4))] * 16)
     # What torch does not run in front of a value does no harm.
-    assert list(found.weights) == ["s"]
-    assert found.reasons == {
+    assert list(result.found) == ["s"]
+    assert result.reasons == {
         "h": "torch does not run what lies behind: operator Hardmax",
         "g": "no output depends smoothly on it",
     }
@@ -169,13 +209,13 @@ def _fails(*args: object, **options: object) -> None:
     ("name", "value", "reason"),
     [("run_nodes", _fails, "out of memory"), ("_SAME", -1.0, "in torch it differs from onnxruntime")],
 )
-def test_where_torch_fails_no_value_counts_more_than_another(
+def test_where_torch_fails_errors_count_by_their_squares(
     name: str, value: object, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fisher, name, value)
-    found = _measure(_model(IMAGES, w0=W0, w1=W1, w2=W2), ["r0", "a"], _images(3))
-    assert not found.weights
-    assert [reason in told for told in found.reasons.values()] == [True, True]
+    result = _measure(_model(IMAGES, w0=W0, w1=W1, w2=W2), {"r0": -3, "a": -3}, _images(3))
+    assert not result.found
+    assert [reason in told for told in result.reasons.values()] == [True, True]
 
 
 BLOCK = """
@@ -197,23 +237,23 @@ def test_errors_of_a_block_are_weighed(lengths: list[int], limit: float, tmp_pat
     recipe = Recipe(iterations=1, batch=4)
     nodes = list(model.graph)
     quantizers = BlockQuantizers(model, plan, nodes, frozenset(), recipe, CPU)
-    weights = torch.tensor([[[0.5, 0.1, 0.3], [2.0, 1.1, 2.0]]])
-    fitting = weights if lengths == [3] else weights.mean(2, keepdim=True)
+    hessian = np.array([[0.5, 0.6], [0.6, 1.5]])
     cache = BlockCache(model, (block,), source, tmp_path, memory=1 << 20)
     with ParallelSteps(1) as steps, cache.load(block, plan) as samples:
         parts = [index for index in range(12) if xs[index].shape[2] == 3][:4]
 
-        def objective(importance: torch.Tensor | None) -> BlockObjective:
-            return BlockObjective(nodes, "y", samples, 4, CPU, steps, Visible(high=limit), importance)
+        def objective(metric: OutputMetric | None) -> BlockObjective:
+            return BlockObjective(nodes, "y", samples, 4, CPU, steps, Visible(high=limit), metric)
 
-        plain, counted = objective(None), objective(weights)
+        plain, counted = objective(None), objective(OutputMetric(torch.from_numpy(hessian), -2))
         with torch.no_grad():
             got = plain.run(plain.inputs(parts), quantizers.reader(), ("y",))["y"].numpy()
         exact = np.concatenate([np.einsum("oi,nil->nol", weight[..., 0], xs[index]) for index in parts])
         # What lies above the limit in both networks is no error.
         error = np.where(exact >= limit, np.minimum(got - limit, 0), got - exact)
         square = np.square(error, dtype=np.float64) / plain.variance
-        expected = float((square * fitting.numpy()).mean())
+        energy = np.einsum("nil,ij,njl->", error, _damped(hessian), error, dtype=np.float64)
+        expected = float(energy / plain.variance / got.size)
         assert expected != pytest.approx(square.mean(), rel=1e-2)
         (item,) = counted.items(parts, None)
         loss, count = counted.loss(item, quantizers.constants(), quantizers)
@@ -223,5 +263,6 @@ def test_errors_of_a_block_are_weighed(lengths: list[int], limit: float, tmp_pat
             judged = counted.judged_sums(parts, quantizers.reader())
         assert judged == pytest.approx((expected * got.size, square.sum(), got.size), rel=1e-4)
         # The springs' curvature is that of the same loss: a unit of this output counts 1.
-        root = counted.output(parts, quantizers.reader()).detach().numpy()
-        np.testing.assert_allclose(root, np.minimum(got, limit) * np.sqrt(fitting.numpy()), rtol=1e-5)
+        image = counted.output(parts, quantizers.reader()).detach().square().sum()
+        seen = np.minimum(got, limit)
+        assert float(image) == pytest.approx(np.einsum("nil,ij,njl->", seen, _damped(hessian), seen), rel=1e-4)

@@ -68,4 +68,5 @@ class OutputMetric:
     def _shared(self, x: Tensor) -> Tensor:
         if x.ndim == 4 and self._axis == -3:  # keeps the order of memory
             return torch.conv2d(x, self._factor[:, :, None, None])
-        return torch.tensordot(self._factor, x, dims=([1], [x.ndim + self._axis]))
+        result: Tensor = torch.tensordot(self._factor, x, dims=([1], [x.ndim + self._axis]))
+        return result

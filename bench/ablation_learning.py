@@ -14,6 +14,7 @@ library of native operators. Rows:
     bias         + corrected biases
     start        EasyQuant with compensated rounding
     books        start + code books of activations, where they gain anything
+    feedback     books + error feedback
     rounding     start + codes of weights and steps of activations
     scales       + biases and scales of weights
     masks        scales + QDrop, as `--learn` has it from 4 bits on; no other row has masks
@@ -22,6 +23,9 @@ library of native operators. Rows:
     adaptive     scales + steps for every sample, without borders
     network      scales + the whole network
     levels       scales + code books of activations, whose levels are learned
+    turns        levels + error feedback
+    weighed      scales + errors that count by what they do to the outputs
+    all          turns, masks from 4 bits on, weighed errors and the whole network: what `--learn` does
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ from lines import add_output_options, write_lines
 from process import evaluate
 
 from postquant.calib.learn.block_cache import BlockCache
+from postquant.calib.learn.fisher import measure_metrics
 from postquant.calib.learn.learner import Learner
 from postquant.calib.learn.network_learner import learn_network
 from postquant.calib.learn.recipe import Borders, Effort, Recipe, network_recipe, recipe_for
@@ -57,7 +62,9 @@ from postquant.passes.emit import emit
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline import stages
 from postquant.pipeline.api import quantize
+from postquant.pipeline.block_metrics import channel_axes
 from postquant.pipeline.config import Activations, Border, QuantConfig, Weights
+from postquant.pipeline.feedback import with_feedback
 from postquant.pipeline.inputs import open_calibration
 from postquant.pipeline.learning import learning_blocks
 from postquant.pipeline.learning_run import ADAPTIVE_FEATURES
@@ -70,9 +77,11 @@ PLAIN: dict[str, dict[str, Any]] = {
     "bias": {"method": "mse", "bias_correction": True},
     "start": {},
     "books": {"activations": Activations.LUT},
+    "feedback": {"activations": Activations.LUT},
 }
 # Share of the values that QDrop quantizes.
 MASKED = 0.5
+MASKED_BITS = 4
 # Rows with learning: what is changed in the recipe.
 LEARNED: dict[str, dict[str, Any]] = {
     "rounding": {"bias_rate": 0.0, "weight_scale_rate": 0.0},
@@ -83,9 +92,15 @@ LEARNED: dict[str, dict[str, Any]] = {
     "adaptive": {"adaptive": int(ADAPTIVE_FEATURES)},
     "network": {},
     "levels": {},
+    "turns": {},
+    "weighed": {},
+    "all": {},
 }
 # The plan that a learned row starts from, unless it is that of "start".
-STARTS = {"levels": "books"}
+STARTS = {"levels": "books", "turns": "feedback", "all": "feedback"}
+WEIGHED = ("weighed", "all")
+WHOLE = ("network", "all")
+CPU = torch.device("cpu")
 
 
 class Study:
@@ -112,24 +127,38 @@ class Study:
 
         with unittest.mock.patch.object(stages, "emit", watch):
             quantize(self.case.path, self.data, dataclasses.replace(self.config, **PLAIN[row]))
-        self.plans[row] = seen[-1]
-        return seen[-1]
+        model, plan = seen[-1]
+        if row == "feedback":
+            plan, _ = with_feedback(model, plan, self.source(), seed=0, device=CPU)
+        self.plans[row] = model, plan
+        return self.plans[row]
+
+    def source(self) -> CalibrationSource:
+        """The calibration data."""
+        return open_calibration(self.data, load_model(self.case.path), self.config)
 
     def learned(self, row: str, seed: int) -> tuple[ir.Model, QuantPlan]:
         """The starting plan with learned blocks."""
         model, plan = self.plan(STARTS.get(row, "start"))
-        source = open_calibration(self.data, load_model(self.case.path), self.config)
+        source = self.source()
         work = forward_work(model, source)
         changed = {"iterations": self.options.iterations, "keep": 1.0, **LEARNED[row]}
+        if row == "all" and self.config.abits >= MASKED_BITS:
+            changed["keep"] = MASKED
         recipe: Recipe = dataclasses.replace(recipe_for(Effort.FAST, work), **changed)
         blocks = learning_blocks(model, plan)
+        metrics = (
+            measure_metrics(model, channel_axes(model, blocks), source, range(len(source)), seed=seed, device=CPU).found
+            if row in WEIGHED
+            else {}
+        )
         with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
             cache = BlockCache(model, blocks, source, temporary, memory=2 << 30)
             learner = Learner(
-                model, blocks, cache, recipe, seed=seed, device=torch.device("cpu"), positions=work.layers
+                model, blocks, cache, recipe, seed=seed, device=CPU, positions=work.layers, metrics=metrics
             )
             plan, _ = learner.run(plan, done=[], save=lambda *a: None, progress=lambda *a: None)
-            if row == "network":
+            if row in WHOLE:
                 plan = self.network(model, plan, blocks, source, pathlib.Path(temporary), seed)
         return model, plan
 
@@ -156,7 +185,7 @@ class Study:
             memory=2 << 30,
             augment=True,
             seed=seed,
-            device=torch.device("cpu"),
+            device=CPU,
             threads=1,
             progress=lambda *a: None,
         )[0]

@@ -34,7 +34,7 @@ def block_metrics(
     """
     if job.config.fisher is False:
         return {}, []
-    axes = _channel_axes(model, blocks)
+    axes = channel_axes(model, blocks)
     if not axes:
         return {}, []
     import torch
@@ -57,8 +57,13 @@ def block_metrics(
     return result.found, notes
 
 
-def _channel_axes(model: ir.Model, blocks: Sequence[Block]) -> dict[str, int]:
-    """Outputs of blocks that are not the network's, with the axes of the channels of their last layers."""
+def channel_axes(model: ir.Model, blocks: Sequence[Block]) -> dict[str, int]:
+    """Outputs of blocks that are not the network's, with the axes of the channels of their last layers.
+
+    Args:
+        model: The simplified float model.
+        blocks: Of it.
+    """
     nodes = {node.name: node for node in model.graph}
     values = {value.name: value for node in model.graph for value in node.outputs}
     axes = {}

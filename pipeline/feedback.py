@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from postquant.calib.feedback import feedback_of
+from postquant.calib.source import CalibrationSource
 from postquant.calib.trial import Trial
 from postquant.passes.plan import QuantPlan
 from postquant.pipeline.job import Job
 from postquant.pipeline.stage_log import StageLog
 from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.quantizer import TensorQuantizer
+
+if TYPE_CHECKING:
+    import torch
 
 # Biases and levels that suit it come only with learning, which makes 1 dB more of it (docs/learning.md, "Error
 # feedback"): so much may be lost in front of it.
@@ -45,8 +50,12 @@ def decide_feedback(
     if saved is not None:
         log.resume("feedback", saved.data())
         return saved.plan()
+    import torch
+
+    job.progress.stage("error feedback")
     try:
-        changed, count = _with_feedback(job, model, plan)
+        device = torch.device(job.config.device.value)
+        changed, count = with_feedback(model, plan, job.source, seed=job.config.seed, device=device)
     except ModelError as error:
         log.note(f"no errors are fed back: {error}")
         return plan
@@ -65,28 +74,27 @@ def decide_feedback(
     return plan
 
 
-def _with_feedback(job: Job, model: ir.Model, plan: QuantPlan) -> tuple[QuantPlan, int]:
+def with_feedback(
+    model: ir.Model, plan: QuantPlan, source: CalibrationSource, *, seed: int, device: torch.device
+) -> tuple[QuantPlan, int]:
     """The plan with an error feedback wherever there can be one, and in how many activations.
+
+    Args:
+        model: The float model that the plan is about.
+        plan: A decided plan.
+        source: Calibration data.
+        seed: Of everything random.
+        device: Where gradients are computed.
 
     Raises:
         ModelError: If torch does not run the network.
     """
-    import torch
-
     from postquant.calib.learn.moments import feedback_sites, measure_moments
 
     sites = feedback_sites(model, plan)
     if not sites:
         return plan, 0
-    job.progress.stage("error feedback")
-    found = measure_moments(
-        model,
-        sites,
-        job.source,
-        range(len(job.source)),
-        seed=job.config.seed,
-        device=torch.device(job.config.device.value),
-    )
+    found = measure_moments(model, sites, source, range(len(source)), seed=seed, device=device)
     count = 0
     for site in sites:
         moments = found.get(site.value)

@@ -151,7 +151,7 @@ def test_without_being_asked_for_it_may_cost_little_in_front_of_learning(
     errors: tuple[float, float], asked: bool | None, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, after = QuantPlan("before"), QuantPlan("after")
-    monkeypatch.setattr(feedback, "_with_feedback", lambda *_: (after, 3))
+    monkeypatch.setattr(feedback, "with_feedback", lambda *_, **__: (after, 3))
     outcomes = iter(SimpleNamespace(error=error, sqnr_db=0.0) for error in errors)
     monkeypatch.setattr(feedback, "Trial", lambda *_, **__: SimpleNamespace(measure=lambda *_: next(outcomes)))
     job, log = MagicMock(), MagicMock()
@@ -162,10 +162,10 @@ def test_without_being_asked_for_it_may_cost_little_in_front_of_learning(
 
 
 def test_where_torch_does_not_run_the_network_a_note_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise ModelError("torch does not run the network", found="operator Loop")
 
-    monkeypatch.setattr(feedback, "_with_feedback", refuse)
+    monkeypatch.setattr(feedback, "with_feedback", refuse)
     job, log, plan = MagicMock(), MagicMock(), QuantPlan("plan")
     job.config, job.checkpoint.load.return_value = QuantConfig(learn=True), None
     assert feedback.decide_feedback(job, Mock(), Mock(), plan, log, threads=1) is plan

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from postquant.calib.learn.native_levels import NativeFeedback
 from postquant.runtime_ops.law_feedback import GROUPS, LARGEST_ERROR, LARGEST_SHIFT, Feedback
 
 Tensor = torch.Tensor
@@ -23,6 +24,9 @@ class FeedbackShift:
         feedback: Groups and coefficients.
         axis: The channels' axis, counted from the last one, -1.
         device: Where.
+
+    Attributes:
+        native: The coefficients for the native library, which computes the same.
     """
 
     def __init__(self, feedback: Feedback, axis: int, device: torch.device) -> None:
@@ -32,6 +36,7 @@ class FeedbackShift:
         def tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:
             return torch.as_tensor(array.astype(np.float32), device=device)
 
+        self.native = NativeFeedback(feedback)
         self._axis = axis
         self._order = torch.as_tensor(order, device=device)
         self._back = torch.as_tensor(np.argsort(order), device=device)
@@ -55,7 +60,7 @@ class FeedbackShift:
             low = levels.min()
             step = ((levels.max() - low) / (_CODES - 1)).clamp_min(1e-30)
             zero = (-low / step).round()
-            nearest = self._nearest(levels[self._order] / step + zero)
+            nearest = self._nearest((levels[self._order] / step + zero).round_().clamp_(0, _CODES - 1))
             codes = (self._split(x) / step + zero).round_().clamp_(0, _CODES - 1)
             kept = None if mask is None else self._split(mask)
             shifts = torch.zeros_like(codes)
@@ -77,7 +82,7 @@ class FeedbackShift:
             return self._join(shifts.mul_(step), x)
 
     def _nearest(self, levels: Tensor) -> Tensor:
-        """The nearest level of every code, (C, 256), in codes."""
+        """The nearest level of every code, (C, 256), in codes; integers of float32, as in what is written."""
         middles = (levels[:, 1:] + levels[:, :-1]) / 2
         codes = torch.arange(_CODES, dtype=levels.dtype, device=levels.device).expand(len(levels), -1)
         return torch.gather(levels, 1, torch.searchsorted(middles.contiguous(), codes.contiguous(), right=True))

@@ -7,7 +7,8 @@ levels ``L_i <= x < L_i+1``, with ``t = (x - L_i) / (L_i+1 - L_i)``, and for the
 
 and outside g to the level at the end. That is LSQ's gradient (Esser et al. 2020) for a rounding behind a piecewise
 linear function with ``L_i -> i``: of equal gaps s, the sum of i times the gradient to L_i is that to s. Sums over
-values are sums over the cells of a fine grid: what happens in a cell is looked up.
+values are sums over the cells of a fine grid: what happens in a cell is looked up. Error feedback moves values in front
+of all that, without a gradient (:mod:`postquant.calib.learn.feedback`).
 
 Gaps are learned as factors of their start, and zero stays a level.
 """
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 
 from postquant.calib.activation_levels import quantizer_with_levels
+from postquant.calib.learn import native_levels
 from postquant.calib.learn.feedback import FeedbackShift
 from postquant.calib.learn.pieces import PIECE
 from postquant.calib.learn.quantizers import DropMasks
@@ -42,7 +44,9 @@ class LevelQuantize(torch.autograd.Function):
     """Every value's nearest level, with the gradients of the module docstring."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, levels: Tensor, mask: Tensor | None, axis: int | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, levels: Tensor, mask: Tensor | None, axis: int | None, shift: FeedbackShift | None
+    ) -> Tensor:
         """Simulates one tensor.
 
         Args:
@@ -52,51 +56,82 @@ class LevelQuantize(torch.autograd.Function):
             mask: Shape of ``x``, 1 where an element is quantized and 0 where it stays float; all 1 when None.
             axis: The axis of the C channels, counted from the last one, -1; None where C is 1 and stands for the whole
                 tensor.
+            shift: What is taken off x first, or None.
         """
-        cells = _cells(levels)
-        low, high = levels[:, :1], levels[:, -1:]
-        per_unit = cells / (high - low).clamp_min(1e-30)
-        first = torch.arange(len(levels), device=x.device, dtype=torch.float32)[:, None] * (cells + 3)
-        ctx.cells = _Cells(levels)
-        table = ctx.cells.nearest().reshape(-1)
         ctx.layout = _Layout.of(x, axis)
-        values = ctx.layout.split(x)
-        simulated, places = torch.empty_like(values), torch.empty_like(values, dtype=torch.int32)
-        for part, channels in _pieces(values):
-            place = values[part].sub(low[channels]).mul_(per_unit[channels]).add_(1.0)
-            places[part] = place.clamp_(0.0, cells + 2.0).round_().add_(first[channels])
-            index = places[part]
-            simulated[part] = torch.index_select(table, 0, index.reshape(-1)).view(index.shape)
+        ctx.native = native_levels.usable(x, levels)
+        if ctx.native:
+            kept = None if mask is None else ctx.layout.split(mask)
+            coefficients = None if shift is None else shift.native
+            simulated, places = native_levels.simulate(ctx.layout.split(x), levels, kept, _cells(levels), coefficients)
+            ctx.save_for_backward(places, levels, kept)
+            joined: Tensor = ctx.layout.join(simulated)
+            return joined
+        if shift is not None:
+            x = x - shift(x, levels, mask)
+        simulated, places = _simulate(ctx.layout.split(x), levels)
+        ctx.save_for_backward(places, levels, None if mask is None else ctx.layout.split(mask))
         result = ctx.layout.join(simulated)
-        ctx.save_for_backward(places, levels, mask)
         return result if mask is None else torch.lerp(x, result, mask)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients to ``x`` and ``levels``."""
-        (grad,) = grads
-        places, levels, mask = ctx.saved_tensors
-        upstream = ctx.layout.split(grad)
-        kept = None if mask is None else ctx.layout.split(mask)
-        inside = torch.ones(len(levels), _cells(levels) + 3, device=grad.device)
-        inside[:, 0] = inside[:, -1] = 0.0
-        sums = torch.zeros(inside.numel(), device=grad.device)
-        to_x = torch.empty_like(upstream)
-        for part, _ in _pieces(upstream):
-            g, index = upstream[part], places[part].long()
-            quantized = g if kept is None else g * kept[part]
-            if ctx.needs_input_grad[1]:
-                sums.scatter_add_(0, index.view(-1), quantized.reshape(-1))
-            result = torch.index_select(inside.view(-1), 0, index.view(-1)).view(g.shape).mul_(quantized)
-            if kept is not None:
-                result.add_(g).sub_(quantized)
-            to_x[part] = result
-        to_levels = ctx.cells.to_levels(sums.view(inside.shape)) if ctx.needs_input_grad[1] else None
-        return ctx.layout.join(to_x) if ctx.needs_input_grad[0] else None, to_levels, None, None
+        places, levels, kept = ctx.saved_tensors
+        upstream, wanted = ctx.layout.split(grads[0]), tuple(ctx.needs_input_grad[:2])
+        if ctx.native:
+            found = native_levels.gradients(upstream, places, levels, kept, _cells(levels), wanted=wanted)
+        else:
+            found = _gradients(upstream, places, levels, kept, wanted)
+        to_x, to_levels = found
+        return None if to_x is None else ctx.layout.join(to_x), to_levels, None, None, None
 
 
-# The function itself: (x, levels, mask, axis) -> the simulation.
-level_quantize: Callable[..., Tensor] = LevelQuantize.apply
+def level_quantize(
+    x: Tensor, levels: Tensor, mask: Tensor | None, axis: int | None, shift: FeedbackShift | None = None
+) -> Tensor:
+    """The simulation: :meth:`LevelQuantize.forward`, differentiable."""
+    found: Tensor = _apply(x, levels, mask, axis, shift)
+    return found
+
+
+_apply: Callable[..., Tensor] = LevelQuantize.apply
+
+
+def _simulate(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest levels of (outer, C, inner), and the cells that they are looked up in, counted through all channels."""
+    cells = _cells(levels)
+    low, high = levels[:, :1], levels[:, -1:]
+    per_unit = cells / (high - low).clamp_min(1e-30)
+    first = torch.arange(len(levels), device=values.device, dtype=torch.float32)[:, None] * (cells + 3)
+    table = _Cells(levels).nearest().reshape(-1)
+    simulated, places = torch.empty_like(values), torch.empty_like(values, dtype=torch.int32)
+    for part, channels in _pieces(values):
+        place = values[part].sub(low[channels]).mul_(per_unit[channels]).add_(1.0)
+        places[part] = place.clamp_(0.0, cells + 2.0).round_().add_(first[channels])
+        index = places[part]
+        simulated[part] = torch.index_select(table, 0, index.reshape(-1)).view(index.shape)
+    return simulated, places
+
+
+def _gradients(
+    upstream: Tensor, places: Tensor, levels: Tensor, kept: Tensor | None, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients to values and levels; sums over a cell are added up in the order of memory."""
+    inside = torch.ones(len(levels), _cells(levels) + 3, device=upstream.device)
+    inside[:, 0] = inside[:, -1] = 0.0
+    sums = torch.zeros(inside.numel(), device=upstream.device)
+    to_x = torch.empty_like(upstream)
+    for part, _ in _pieces(upstream):
+        g, index = upstream[part], places[part].long()
+        quantized = g if kept is None else g * kept[part]
+        if wanted[1]:
+            sums.scatter_add_(0, index.view(-1), quantized.reshape(-1))
+        result = torch.index_select(inside.view(-1), 0, index.view(-1)).view(g.shape).mul_(quantized)
+        if kept is not None:
+            result.add_(g).sub_(quantized)
+        to_x[part] = result
+    return to_x if wanted[0] else None, _Cells(levels).to_levels(sums.view(inside.shape)) if wanted[1] else None
 
 
 def _cells(levels: Tensor) -> int:
@@ -114,7 +149,7 @@ class _Cells:
         self._levels = levels
         low, high = levels[:, :1], levels[:, -1:]
         count = _cells(levels)
-        place = torch.linspace(0, 1, count + 1, device=levels.device) * (high - low) + low
+        place = torch.arange(count + 1, device=levels.device, dtype=levels.dtype) / count * (high - low) + low
         # Every level's first cell; how many levels begin up to a cell tells the one below it.
         first = ((levels - low) * (count / (high - low).clamp_min(1e-30))).ceil_().clamp_(0, count).long()
         begun = torch.zeros(place.shape, dtype=torch.int64, device=levels.device)
@@ -151,7 +186,7 @@ class _Layout:
     Attributes:
         shape: That of the tensor.
         axis: The channels' axis, or None for one channel.
-        last: Whether they come last in memory, behind two axes of positions.
+        last: Whether channels come last in memory, behind two axes of positions.
     """
 
     shape: torch.Size
@@ -160,13 +195,14 @@ class _Layout:
 
     @classmethod
     def of(cls, x: Tensor, axis: int | None) -> _Layout:
-        last = axis == -3 and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        last = axis in (None, -3) and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
         return cls(x.shape, axis, last and not x.is_contiguous())
 
     def split(self, x: Tensor) -> Tensor:
         """A tensor of that shape as (outer, C, inner), copied where its memory has another order."""
         if self.last:
-            return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, self.shape[-3], 1)
+            rows = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+            return rows.reshape((1, 1, -1) if self.axis is None else (-1, self.shape[-3], 1))
         if self.axis is None:
             return x.reshape(1, 1, -1)
         return x.reshape(math.prod(self.shape[: self.axis]), self.shape[self.axis], -1)
@@ -254,9 +290,7 @@ class LevelsActivation:
     def simulate(self, x: Tensor, masks: DropMasks | None) -> Tensor:
         """``x`` behind the quantizer; where ``masks`` drops, it stays float."""
         mask, levels = None if masks is None else masks.like(x), self.scale.levels()
-        if self._shift is not None:
-            x = x - self._shift(x.detach(), levels.detach(), mask)
-        return level_quantize(x, levels, mask, self._quantizer.table_axis)
+        return level_quantize(x, levels, mask, self._quantizer.table_axis, self._shift)
 
     def learned(self) -> TensorQuantizer:
         """The quantizer with the learned levels."""

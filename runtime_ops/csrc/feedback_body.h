@@ -49,10 +49,10 @@ void AddErrors(const std::int16_t* errors, const std::int16_t* left, std::size_t
   }
 }
 
-// Codes of some channels, [kChannels][kTilePositions], minus what rounded sums make of them.
-template <std::size_t kChannels>
-inline void AimBlock(const std::int16_t* inner, const std::int16_t* right, std::size_t rank, const float* scale,
-                     const std::uint8_t* codes, std::uint8_t* aims) {
+// What rounded sums make of the shifts of some channels: take(c, p, shifts) for kGroup positions from p on.
+template <std::size_t kChannels, typename Take>
+inline void ShiftBlock(const std::int16_t* inner, const std::int16_t* right, std::size_t rank, const float* scale,
+                       const Take& take) {
   const std::size_t even = Even(rank);
   const Lanes::Floats least = Lanes::Set(-kMostShift);
   const Lanes::Floats most = Lanes::Set(kMostShift);
@@ -77,14 +77,36 @@ inline void AimBlock(const std::int16_t* inner, const std::int16_t* right, std::
     }
     for (std::size_t c = 0; c < kChannels; ++c) {
       const Lanes::Floats factor = Lanes::Set(scale[c]);
-      const std::uint8_t* const from = codes + c * kTilePositions + p;
       for (std::size_t s = 0; s < kRegisters; ++s) {
-        const Lanes::Floats shift = Lanes::Limited(Lanes::Multiply(Lanes::Real(sums[c][s]), factor), least, most);
-        sums[c][s] = Lanes::SubtractInts(Lanes::LoadBytes(from + s * Lanes::kLanes), Lanes::Nearest(shift));
+        sums[c][s] = Lanes::Nearest(Lanes::Limited(Lanes::Multiply(Lanes::Real(sums[c][s]), factor), least, most));
       }
-      Lanes::StoreBytes(sums[c], 0, aims + c * kTilePositions + p);
+      take(c, p, sums[c]);
     }
   }
+}
+
+// Codes of some channels, [kChannels][kTilePositions], minus their shifts.
+template <std::size_t kChannels>
+inline void AimBlock(const std::int16_t* inner, const std::int16_t* right, std::size_t rank, const float* scale,
+                     const std::uint8_t* codes, std::uint8_t* aims) {
+  ShiftBlock<kChannels>(inner, right, rank, scale, [&](std::size_t c, std::size_t p, Lanes::Ints(&block)[kRegisters]) {
+    const std::uint8_t* const from = codes + c * kTilePositions + p;
+    for (std::size_t s = 0; s < kRegisters; ++s) {
+      block[s] = Lanes::SubtractInts(Lanes::LoadBytes(from + s * Lanes::kLanes), block[s]);
+    }
+    Lanes::StoreBytes(block, 0, aims + c * kTilePositions + p);
+  });
+}
+
+// The shifts themselves, [kChannels][kTilePositions].
+template <std::size_t kChannels>
+inline void StoreShifts(const std::int16_t* inner, const std::int16_t* right, std::size_t rank, const float* scale,
+                        std::int32_t* shifts) {
+  ShiftBlock<kChannels>(inner, right, rank, scale, [&](std::size_t c, std::size_t p, Lanes::Ints(&block)[kRegisters]) {
+    for (std::size_t s = 0; s < kRegisters; ++s) {
+      Lanes::StoreInts(shifts + c * kTilePositions + p + s * Lanes::kLanes, block[s]);
+    }
+  });
 }
 
 inline void MultipliedCodes(const FeedbackPlan& plan, const std::uint8_t* x, std::uint8_t* codes) {
@@ -141,8 +163,8 @@ void AddErrors(const std::int16_t* __restrict errors, const std::int16_t* __rest
 }
 
 template <std::size_t kChannels>
-inline void AimBlock(const std::int16_t* __restrict inner, const std::int16_t* __restrict right, std::size_t rank,
-                     const float* scale, const std::uint8_t* __restrict codes, std::uint8_t* __restrict aims) {
+inline void StoreShifts(const std::int16_t* __restrict inner, const std::int16_t* __restrict right, std::size_t rank,
+                        const float* scale, std::int32_t* __restrict shifts) {
   for (std::size_t c = 0; c < kChannels; ++c) {
     for (std::size_t p = 0; p < kTilePositions; p += kPadding) {
       std::int32_t block[kPadding] = {};
@@ -151,13 +173,22 @@ inline void AimBlock(const std::int16_t* __restrict inner, const std::int16_t* _
           block[k] += std::int32_t{right[c * Even(rank) + r]} * inner[r * kTilePositions + p + k];
         }
       }
-      const std::size_t first = c * kTilePositions + p;
       for (std::size_t k = 0; k < kPadding; ++k) {
         const float shift = Limited(static_cast<float>(block[k]) * scale[c], -kMostShift, kMostShift);
-        const std::int32_t aim = std::int32_t{codes[first + k]} - Rounded(shift);
-        aims[first + k] = static_cast<std::uint8_t>(aim < 0 ? 0 : aim > 255 ? 255 : aim);
+        shifts[c * kTilePositions + p + k] = Rounded(shift);
       }
     }
+  }
+}
+
+template <std::size_t kChannels>
+inline void AimBlock(const std::int16_t* inner, const std::int16_t* right, std::size_t rank, const float* scale,
+                     const std::uint8_t* __restrict codes, std::uint8_t* __restrict aims) {
+  std::int32_t shifts[kChannels * kTilePositions];
+  StoreShifts<kChannels>(inner, right, rank, scale, shifts);
+  for (std::size_t i = 0; i < kChannels * kTilePositions; ++i) {
+    const std::int32_t aim = std::int32_t{codes[i]} - shifts[i];
+    aims[i] = static_cast<std::uint8_t>(aim < 0 ? 0 : aim > 255 ? 255 : aim);
   }
 }
 

@@ -8,13 +8,15 @@
 #include "feedback_body.h"
 #include "levels_body.h"
 #include "quantize_kernels.h"
+#include "simulate_body.h"
 
 namespace postquant::quantize {
 namespace {
 
 constexpr Kernels kKernels = {PoolAnyFloat, PoolCodes, Quantize, Requantize, Border, Residual, SpreadRows,
                               GatherRows,   Window,    Mix,      Combine,    Decide, Levels,  LevelsAcross,
-                              Feedback};
+                              Feedback,     SimulateRow, SimulateAcross, GradientsToX, GridCodes, MaskBytes,
+                              TileShifts,   Turn};
 
 }  // namespace
 }  // namespace postquant::quantize

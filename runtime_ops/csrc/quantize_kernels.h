@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "simulate_kernels.h"
+
 namespace postquant::quantize {
 
 // Statistics of some elements.
@@ -153,6 +155,20 @@ struct Kernels {
   // FeedbackRequantize at the positions of a tile; x and y do not overlap.
   void (*feedback)(const FeedbackPlan& plan, const FeedbackTile& tile, const FeedbackScratch& scratch,
                    const std::uint8_t* x, std::uint8_t* y);
+
+  // Learned code books (simulate_body.h): `count` elements of one channel, or `count` rows of an element of each.
+  void (*simulate_row)(const SimulatedValues& values, std::size_t count, const SimulatedLevels& levels,
+                       std::size_t channel);
+  void (*simulate_across)(const SimulatedValues& values, std::size_t count, const SimulatedLevels& levels);
+  void (*gradients_to_x)(const float* grad, const float* mask, const std::int16_t* places, std::size_t count,
+                         std::int16_t last, float* to_x);
+  void (*grid_codes)(const float* x, std::size_t count, float step, float zero, std::uint8_t* codes);
+  void (*mask_bytes)(const float* mask, std::size_t count, std::uint8_t* kept);
+  void (*tile_shifts)(const FeedbackPlan& plan, const FeedbackScratch& scratch, const std::uint8_t* codes,
+                      const std::uint8_t* kept, std::int16_t* shifts);
+  // to[j * to_step + i] = from[i * from_step + j] for i < rows, j < columns.
+  void (*turn)(const std::uint8_t* from, std::size_t from_step, std::size_t rows, std::size_t columns,
+               std::uint8_t* to, std::size_t to_step);
 };
 
 const Kernels& BaselineKernels();

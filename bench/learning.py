@@ -44,7 +44,7 @@ from postquant.pipeline.prepare import prepare
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 _SAMPLES = 64
-_CONVOLUTION = ("convolution", "addmm", "aten::mm", "aten::bmm")
+_CONVOLUTION = ("convolution", "conv2d", "addmm", "aten::mm", "aten::bmm")
 
 
 def main() -> None:
@@ -121,7 +121,7 @@ class _Clock:
         self.seconds = 0.0
         self._begun = (0, 0.0)
 
-    def __call__(self, block: str, iteration: int, loss: float) -> None:
+    def __call__(self, block: object, iteration: int, loss: float) -> None:
         """Told how many steps a block has done."""
         now = time.process_time()
         if iteration > 1:

@@ -117,21 +117,24 @@ def _simulate(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
 def _gradients(
     upstream: Tensor, places: Tensor, levels: Tensor, kept: Tensor | None, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients to values and levels; sums over a cell are added up in the order of memory."""
-    inside = torch.ones(len(levels), _cells(levels) + 3, device=upstream.device)
+    """The gradients to values and levels; sums are of float64, in the order of memory."""
+    weights, bins = _Cells(levels).parts()
+    inside = torch.ones_like(weights)
     inside[:, 0] = inside[:, -1] = 0.0
-    sums = torch.zeros(inside.numel(), device=upstream.device)
+    sums = torch.zeros(len(levels), levels.shape[1] + 1, dtype=torch.float64, device=upstream.device)
     to_x = torch.empty_like(upstream)
     for part, _ in _pieces(upstream):
-        g, index = upstream[part], places[part].long()
+        g, index = upstream[part], places[part].reshape(-1).long()
         quantized = g if kept is None else g * kept[part]
         if wanted[1]:
-            sums.scatter_add_(0, index.view(-1), quantized.reshape(-1))
-        result = torch.index_select(inside.view(-1), 0, index.view(-1)).view(g.shape).mul_(quantized)
+            of_levels = torch.index_select(weights.view(-1), 0, index).mul_(quantized.reshape(-1))
+            sums.view(-1).scatter_add_(0, torch.index_select(bins.view(-1), 0, index), of_levels.double())
+        result = torch.index_select(inside.view(-1), 0, index).view(g.shape).mul_(quantized)
         if kept is not None:
             result.add_(g).sub_(quantized)
         to_x[part] = result
-    return to_x if wanted[0] else None, _Cells(levels).to_levels(sums.view(inside.shape)) if wanted[1] else None
+    to_levels = (sums[:, :-1] - sums[:, 1:]).to(levels.dtype) if wanted[1] else None
+    return to_x if wanted[0] else None, to_levels
 
 
 def _cells(levels: Tensor) -> int:
@@ -168,15 +171,20 @@ class _Cells:
         ends = self._levels[:, :1], self._levels[:, -1:]
         return torch.cat((ends[0], torch.where(self._upper, above, below), ends[1]), dim=1)
 
-    def to_levels(self, sums: Tensor) -> Tensor:
-        """The levels' gradients, (C, n), from the sums of their values' gradients in every cell, (C, cells + 3)."""
-        found = torch.zeros_like(self._levels)
-        found[:, 0], found[:, -1] = sums[:, 0], sums[:, -1]
-        middle = sums[:, 1:-1]
-        to_upper = middle * (self._upper.to(middle.dtype) - self._share)
-        # What goes to both levels adds up to nothing: the simulation follows x between them.
-        found.scatter_add_(1, self._left + 1, to_upper)
-        return found.scatter_add_(1, self._left, -to_upper)
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """What a cell's gradients mean for the levels: how much of them is added up in which sum.
+
+        Level j gets sum j minus sum j + 1 of its channel: what goes to both levels beside a cell adds up to nothing,
+        because the simulation follows x between them.
+
+        Returns:
+            (C, cells + 3): float32 weights, and int64 numbers of sums, which have n + 1 per channel.
+        """
+        weights = torch.nn.functional.pad(self._upper.to(self._share.dtype) - self._share, (1, 1), value=1.0)
+        weights[:, -1] = -1.0
+        bins = torch.nn.functional.pad(self._left + 1, (1, 1))
+        bins[:, -1] = self._levels.shape[1]
+        return weights, bins + torch.arange(len(bins), device=bins.device)[:, None] * (self._levels.shape[1] + 1)
 
 
 @dataclasses.dataclass(frozen=True)

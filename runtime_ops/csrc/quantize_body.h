@@ -15,8 +15,8 @@ namespace {
 
 constexpr Kernels kKernels = {PoolAnyFloat, PoolCodes, Quantize, Requantize, Border, Residual, SpreadRows,
                               GatherRows,   Window,    Mix,      Combine,    Decide, Levels,  LevelsAcross,
-                              Feedback,     SimulateRow, SimulateAcross, GradientsToX, GridCodes, MaskBytes,
-                              TileShifts,   Turn};
+                              Feedback,     SimulateRow, SimulateAcross, GradientsToX, CellTables, GridCodes,
+                              MaskBytes,    TileShifts,  Turn};
 
 }  // namespace
 }  // namespace postquant::quantize

@@ -1,4 +1,9 @@
-// Gradients of simulated values: to x element by element, to levels from sums over the cells of every channel's grid.
+// Gradients of simulated values: to x element by element; to levels from float64 sums in the order of memory,
+//
+//     B[b] = sum of grad * weight over the elements whose cell has bin b        to level j: B[j] - B[j + 1]
+//
+// with bin 0 and weight 1 below the first level, bin s + 1 between levels s and s + 1, and the last bin and weight -1
+// above the last level.
 #include <algorithm>
 #include <cstddef>
 
@@ -12,110 +17,101 @@ namespace {
 
 constexpr std::size_t kAtOnce = 4;  // channels whose sums do not wait for each other
 constexpr std::size_t kPiece = 4096;
+constexpr std::size_t kBins = kSimulatedLevels + 1;
 
-// The sums of one row of elements each, of neighbouring channels; every cell's in the order of memory.
+// What there is per channel: rows of `width` places and of kBins sums.
+struct Sums {
+  std::size_t width;
+  float* weight;
+  std::uint8_t* bin;
+  double* sum;
+};
+
+template <bool kMasked>
+inline void AddOne(const float* grad, const float* mask, const std::int16_t* places, std::size_t i, const Sums& sums,
+                   std::size_t channel) {
+  const std::size_t place = channel * sums.width + static_cast<std::size_t>(places[i]);
+  const float quantized = kMasked ? grad[i] * mask[i] : grad[i];
+  sums.sum[channel * kBins + sums.bin[place]] += static_cast<double>(quantized * sums.weight[place]);
+}
+
+// One row of elements of each of neighbouring channels.
 template <std::size_t kRows, bool kMasked>
-void AddRows(const float* grad, const float* mask, const std::int16_t* places, std::size_t inner, std::size_t width,
-             float* sums) {
+void AddRows(const float* grad, const float* mask, const std::int16_t* places, std::size_t inner, const Sums& sums,
+             std::size_t channel) {
   for (std::size_t i = 0; i < inner; ++i) {
     for (std::size_t row = 0; row < kRows; ++row) {
-      const std::size_t at = row * inner + i;
-      sums[row * width + static_cast<std::size_t>(places[at])] += kMasked ? grad[at] * mask[at] : grad[at];
+      AddOne<kMasked>(grad, mask, places, row * inner + i, sums, channel + row);
     }
   }
 }
 
-// As AddRows where elements of all channels follow each other.
 template <bool kMasked>
-void AddAcross(const float* grad, const float* mask, const std::int16_t* places, std::size_t channels,
-               std::size_t width, float* sums) {
-  for (std::size_t c = 0; c < channels; ++c, sums += width) {
-    sums[static_cast<std::size_t>(places[c])] += kMasked ? grad[c] * mask[c] : grad[c];
-  }
-}
-
-template <bool kMasked>
-void AddAll(const PostquantLevels& call, const float* grad, const std::int16_t* places, std::size_t width,
-            float* sums) {
+void AddAll(const PostquantLevels& call, const float* grad, const std::int16_t* places, const Sums& sums) {
   const auto outer = static_cast<std::size_t>(call.outer);
   const auto channels = static_cast<std::size_t>(call.channels);
   const auto inner = static_cast<std::size_t>(call.inner);
   const auto masked = [&](std::size_t i) { return kMasked ? call.mask + i : nullptr; };
   for (std::size_t o = 0; o < outer; ++o) {
     const std::size_t begin = o * channels * inner;
-    if (inner == 1) {
-      AddAcross<kMasked>(grad + begin, masked(begin), places + begin, channels, width, sums);
-      continue;
-    }
     std::size_t c = 0;
     for (; c + kAtOnce <= channels; c += kAtOnce) {
       const std::size_t i = begin + c * inner;
-      AddRows<kAtOnce, kMasked>(grad + i, masked(i), places + i, inner, width, sums + c * width);
+      AddRows<kAtOnce, kMasked>(grad + i, masked(i), places + i, inner, sums, c);
     }
     for (; c < channels; ++c) {
       const std::size_t i = begin + c * inner;
-      AddRows<1, kMasked>(grad + i, masked(i), places + i, inner, width, sums + c * width);
+      AddRows<1, kMasked>(grad + i, masked(i), places + i, inner, sums, c);
     }
   }
 }
 
-// What a sum over a cell means for the levels below and above it: `to_above`, and as much less to the other.
-void FindShares(const LevelGrid& grid, std::size_t count, float* to_above, std::uint8_t* below) {
-  for (std::size_t s = 0; s + 1 < count; ++s) {
-    const std::size_t end = grid.first(s + 1);
-    for (std::size_t cell = grid.first(s); cell < end; ++cell) {
-      const float share = grid.Share(cell, s);
-      to_above[cell] = (share >= 0.5F ? 1.0F : 0.0F) - share;
-      below[cell] = static_cast<std::uint8_t>(s);
-    }
-  }
-}
-
-// The gradients to the levels of kAtOnce channels at most.
-void LevelsOfSums(const PostquantLevels& call, std::size_t channel, std::size_t some, const float* sums,
-                  float* to_above, std::uint8_t* below, float* to_levels) {
+void MakeTables(const Kernels& kernels, const PostquantLevels& call, const float* position, const Sums& sums) {
   const auto count = static_cast<std::size_t>(call.count);
   const auto cells = static_cast<std::size_t>(call.cells);
-  const std::size_t width = cells + 3;
-  float found[kAtOnce][kSimulatedLevels] = {};
-  for (std::size_t k = 0; k < some; ++k) {
-    FindShares(LevelGrid(call.levels + (channel + k) * count, count, cells), count, to_above + k * width,
-               below + k * width);
-    found[k][0] = sums[k * width];
-    found[k][count - 1] = sums[k * width + width - 1];
-  }
-  for (std::size_t cell = 0; cell <= cells; ++cell) {
-    for (std::size_t k = 0; k < some; ++k) {
-      const float part = sums[k * width + 1 + cell] * to_above[k * width + cell];
-      const std::size_t left = below[k * width + cell];
-      found[k][left + 1] += part;
-      found[k][left] -= part;
-    }
-  }
-  for (std::size_t k = 0; k < some; ++k) {
-    std::copy(found[k], found[k] + count, to_levels + (channel + k) * count);
+  for (std::size_t c = 0; c < static_cast<std::size_t>(call.channels); ++c) {
+    float* const weight = sums.weight + c * sums.width;
+    std::uint8_t* const bin = sums.bin + c * sums.width;
+    const LevelGrid grid(call.levels + c * count, count, cells);
+    kernels.cell_tables(grid.Cells(position), weight + 1, bin + 1);
+    weight[0] = 1.0F;
+    bin[0] = 0;
+    weight[sums.width - 1] = -1.0F;
+    bin[sums.width - 1] = static_cast<std::uint8_t>(count);
   }
 }
 
-void ToLevels(const PostquantLevels& call, const float* grad, const std::int16_t* places, float* to_levels) {
+void ToLevels(const Kernels& kernels, const PostquantLevels& call, const float* grad, const std::int16_t* places,
+              float* to_levels) {
   const auto channels = static_cast<std::size_t>(call.channels);
-  const std::size_t width = static_cast<std::size_t>(call.cells) + 3;
-  const Workspace workspace(Scratch::kLine + Scratch::Bytes<float>(channels * width) +
-                            Scratch::Bytes<float>(kAtOnce * width) + Scratch::Bytes<std::uint8_t>(kAtOnce * width));
+  const auto count = static_cast<std::size_t>(call.count);
+  const auto cells = static_cast<std::size_t>(call.cells);
+  Sums sums{};
+  sums.width = cells + 3;
+  const Workspace workspace(Scratch::kLine + Scratch::Bytes<float>(cells + 1) +
+                            Scratch::Bytes<float>(channels * sums.width) +
+                            Scratch::Bytes<std::uint8_t>(channels * sums.width) +
+                            Scratch::Bytes<double>(channels * kBins));
   Scratch scratch(workspace.data());
-  auto* const sums = scratch.Take<float>(channels * width);
-  auto* const to_above = scratch.Take<float>(kAtOnce * width);
-  auto* const below = scratch.Take<std::uint8_t>(kAtOnce * width);
-  std::fill(sums, sums + channels * width, 0.0F);
-  std::fill(to_above, to_above + kAtOnce * width, 0.0F);
-  std::fill(below, below + kAtOnce * width, std::uint8_t{0});
-  if (call.mask == nullptr) {
-    AddAll<false>(call, grad, places, width, sums);
-  } else {
-    AddAll<true>(call, grad, places, width, sums);
+  auto* const position = scratch.Take<float>(cells + 1);
+  sums.weight = scratch.Take<float>(channels * sums.width);
+  sums.bin = scratch.Take<std::uint8_t>(channels * sums.width);
+  sums.sum = scratch.Take<double>(channels * kBins);
+  std::fill(sums.sum, sums.sum + channels * kBins, 0.0);
+  for (std::size_t cell = 0; cell <= cells; ++cell) {
+    position[cell] = static_cast<float>(cell) / static_cast<float>(cells);
   }
-  for (std::size_t c = 0; c < channels; c += kAtOnce) {
-    LevelsOfSums(call, c, std::min(kAtOnce, channels - c), sums + c * width, to_above, below, to_levels);
+  MakeTables(kernels, call, position, sums);
+  if (call.mask == nullptr) {
+    AddAll<false>(call, grad, places, sums);
+  } else {
+    AddAll<true>(call, grad, places, sums);
+  }
+  for (std::size_t c = 0; c < channels; ++c) {
+    for (std::size_t level = 0; level < count; ++level) {
+      const double* const sum = sums.sum + c * kBins + level;
+      to_levels[c * count + level] = static_cast<float>(sum[0] - sum[1]);
+    }
   }
 }
 
@@ -123,13 +119,13 @@ void ToLevels(const PostquantLevels& call, const float* grad, const std::int16_t
 
 void SimulateLevelsBack(const PostquantLevels& call, const float* grad, const std::int16_t* places, float* to_x,
                         float* to_levels) {
+  const Kernels& kernels = SelectedKernels();
   if (to_levels != nullptr) {
-    ToLevels(call, grad, places, to_levels);
+    ToLevels(kernels, call, grad, places, to_levels);
   }
   if (to_x == nullptr) {
     return;
   }
-  const Kernels& kernels = SelectedKernels();
   const auto last = static_cast<std::int16_t>(call.cells + 2);
   const auto size = static_cast<std::size_t>(call.outer * call.channels * call.inner);
   for (std::size_t i = 0; i < size; i += kPiece) {

@@ -148,6 +148,68 @@ void GradientsToX(const float* __restrict grad, const float* __restrict mask, co
   }
 }
 
+// found[i] = value[how many of the `first` cells are at most cell + i]
+template <std::size_t kSteps>
+inline void PassedSteps(float cell, std::size_t count, const float (&first)[kSimulatedLevels],
+                        const float* value, float* __restrict found) {
+  // Copies, which stay in registers.
+  float limit[kSteps];
+  float values[kSteps + 1];
+  std::memcpy(limit, first, sizeof limit);
+  std::memcpy(values, value, sizeof values);
+  for (std::size_t i = 0; i < count; ++i) {
+    const float here = cell + static_cast<float>(static_cast<std::int32_t>(i));
+    float passed = values[0];
+    for (std::size_t s = 0; s < kSteps; ++s) {
+      const float next = values[s + 1];
+      passed = here >= limit[s] ? next : passed;
+    }
+    found[i] = passed;
+  }
+}
+
+template <std::size_t kSteps>
+void CellsOfSteps(const CellGrid& grid, float* __restrict weight, std::uint8_t* __restrict bin) {
+  const float span = grid.span;
+  const float low = grid.level[0];
+  // The first level begins at cell 0: what counts is how many of the others have begun.
+  float first[kSimulatedLevels];
+  float number[kSimulatedLevels];
+  for (std::size_t s = 0; s < kSimulatedLevels; ++s) {
+    first[s] = s < kSimulatedSteps ? grid.first[s + 1] : 0.0F;
+    number[s] = static_cast<float>(static_cast<std::int32_t>(s + 1));
+  }
+  for (std::size_t begin = 0; begin <= grid.cells; begin += kBlock) {
+    const std::size_t count = grid.cells + 1 - begin < kBlock ? grid.cells + 1 - begin : kBlock;
+    const float* __restrict const position = grid.position + begin;
+    const auto cell = static_cast<float>(static_cast<std::int32_t>(begin));
+    float below[kBlock];
+    float above[kBlock];
+    float above_number[kBlock];
+    PassedSteps<kSteps>(cell, count, first, grid.level, below);
+    PassedSteps<kSteps>(cell, count, first, grid.level + 1, above);
+    PassedSteps<kSteps>(cell, count, first, number, above_number);
+    for (std::size_t i = 0; i < count; ++i) {
+      const float place = position[i] * span + low;
+      const float gap = above[i] - below[i];
+      const float share = Limited((place - below[i]) / (gap > kSmallestGap ? gap : kSmallestGap), 0.0F, 1.0F);
+      weight[begin + i] = (share >= 0.5F ? 1.0F : 0.0F) - share;
+      bin[begin + i] = static_cast<std::uint8_t>(static_cast<std::int32_t>(above_number[i]));
+    }
+  }
+}
+
+// For every cell, the number of the level above it and how much of a gradient that level gets.
+void CellTables(const CellGrid& grid, float* weight, std::uint8_t* bin) {
+  if (grid.steps <= 3) {
+    CellsOfSteps<2>(grid, weight, bin);
+  } else if (grid.steps <= 7) {
+    CellsOfSteps<6>(grid, weight, bin);
+  } else {
+    CellsOfSteps<14>(grid, weight, bin);
+  }
+}
+
 // -- error feedback ----------------------------------------------------------------------------------------------
 
 // Codes of 8 bits on the grid of all levels.

@@ -193,6 +193,7 @@ void WithFeedback(const Kernels& kernels, const Shape& shape, const PostquantLev
   const auto rank = static_cast<std::size_t>(call.feedback->rank);
   using Room = Scratch;
   const Workspace workspace(Room::kLine + Room::Bytes<std::size_t>(channels) + Room::Bytes<LevelMap>(channels) +
+                            Room::Bytes<std::uint8_t>(channels * count) +
                             Room::Bytes<std::int32_t>(rank * kTilePositions) +
                             Room::Bytes<std::int16_t>(Even(rank) * kTilePositions) +
                             4 * Room::Bytes<std::int16_t>(elements) + 2 * Room::Bytes<std::uint8_t>(elements));
@@ -200,9 +201,11 @@ void WithFeedback(const Kernels& kernels, const Shape& shape, const PostquantLev
   auto* const order = room.Take<std::size_t>(channels);
   auto* const maps = room.Take<LevelMap>(channels);
   const CodeGrid grid(call.levels, channels * count);
+  auto* const codes = room.Take<std::uint8_t>(channels * count);
+  kernels.grid_codes(call.levels, channels * count, grid.step, grid.zero, codes);
   for (std::size_t c = 0; c < channels; ++c) {
     order[c] = static_cast<std::size_t>(call.feedback->order[c]);
-    MapLevels(grid, call.levels + c * count, count, maps + c);
+    MapLevels(codes + c * count, count, maps + c);
   }
   const FeedbackPlan plan = MakePlan(*call.feedback, channels, order, maps);
   Rooms rooms;

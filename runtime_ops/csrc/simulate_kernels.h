@@ -16,6 +16,7 @@
 namespace postquant::quantize {
 
 constexpr std::size_t kSimulatedLevels = 16;
+constexpr float kSmallestGap = 1e-30F;
 constexpr std::size_t kSimulatedSteps = kSimulatedLevels - 1;
 
 // Of `channels` channels: the s-th number of channel c is that at c * channel_step + s * level_step.
@@ -39,6 +40,16 @@ struct SimulatedValues {
   float step;
   float* y;
   std::int16_t* places;
+};
+
+// Where the cells of one channel's grid lie: for tables of what they mean to the levels beside them.
+struct CellGrid {
+  std::size_t cells;
+  const float* position;           // [cells + 1]: k / cells
+  float span;                      // from the first to the last level
+  std::size_t steps;               // levels but one
+  float level[kSimulatedLevels];
+  float first[kSimulatedLevels];   // cell that lies behind a level; infinite from the last one on
 };
 
 }  // namespace postquant::quantize

@@ -8,8 +8,6 @@
 namespace postquant::quantize {
 namespace {
 
-constexpr float kSmallest = 1e-30F;
-
 // Not a number becomes `low`.
 float Within(float value, float low, float high) {
   value = value > low ? value : low;
@@ -28,7 +26,7 @@ LevelGrid::LevelGrid(const float* levels, std::size_t count, std::size_t cells)
     : levels_(levels), count_(count), cells_(cells), span_(levels[count - 1] - levels[0]) {
   const auto all = static_cast<float>(cells);
   // In this order, as torch divides a number by a tensor.
-  per_unit_ = (1.0F / std::max(span_, kSmallest)) * all;
+  per_unit_ = (1.0F / std::max(span_, kSmallestGap)) * all;
   for (std::size_t s = 0; s < count; ++s) {
     first_[s] = Above(Within((levels[s] - levels[0]) * per_unit_, 0.0F, all));
   }
@@ -37,7 +35,7 @@ LevelGrid::LevelGrid(const float* levels, std::size_t count, std::size_t cells)
 float LevelGrid::Share(std::size_t cell, std::size_t s) const {
   const float place = static_cast<float>(cell) / static_cast<float>(cells_) * span_ + levels_[0];
   const float below = levels_[s];
-  return Within((place - below) / std::max(levels_[s + 1] - below, kSmallest), 0.0F, 1.0F);
+  return Within((place - below) / std::max(levels_[s + 1] - below, kSmallestGap), 0.0F, 1.0F);
 }
 
 std::size_t LevelGrid::FirstAbove(std::size_t s) const {
@@ -54,6 +52,19 @@ std::size_t LevelGrid::FirstAbove(std::size_t s) const {
     ++cell;
   }
   return cell;
+}
+
+CellGrid LevelGrid::Cells(const float* position) const {
+  CellGrid grid{};
+  grid.cells = cells_;
+  grid.position = position;
+  grid.span = span_;
+  grid.steps = count_ - 1;
+  for (std::size_t s = 0; s < kSimulatedLevels; ++s) {
+    grid.level[s] = levels_[std::min(s, count_ - 1)];
+    grid.first[s] = s + 1 < count_ ? static_cast<float>(first_[s]) : std::numeric_limits<float>::infinity();
+  }
+  return grid;
 }
 
 SimulatedLevels MakeLevels(const float* levels, std::size_t channels, std::size_t count, std::size_t cells,
@@ -90,21 +101,17 @@ CodeGrid::CodeGrid(const float* levels, std::size_t count) {
     low = levels[i] < low ? levels[i] : low;
     high = levels[i] > high ? levels[i] : high;
   }
-  step = std::max((high - low) / 255.0F, kSmallest);
+  step = std::max((high - low) / 255.0F, kSmallestGap);
   zero = std::nearbyint(-low / step);
 }
 
-std::uint8_t CodeGrid::Code(float value) const {
-  return static_cast<std::uint8_t>(std::nearbyint(Within(value / step + zero, 0.0F, 255.0F)));
-}
-
-void MapLevels(const CodeGrid& grid, const float* levels, std::size_t count, LevelMap* map) {
+void MapLevels(const std::uint8_t* levels, std::size_t count, LevelMap* map) {
   std::size_t steps = 0;
   std::size_t filled = 0;
-  std::uint8_t code = grid.Code(levels[0]);
+  std::uint8_t code = levels[0];
   map->reached[0] = code;
   for (std::size_t s = 1; s < count; ++s) {
-    const std::uint8_t next = grid.Code(levels[s]);
+    const std::uint8_t next = levels[s];
     if (next > code) {
       // The upper one of two that are equally near.
       const std::size_t first = (std::size_t{code} + next + 1) / 2;

@@ -25,6 +25,8 @@ class LevelGrid {
   float Share(std::size_t cell, std::size_t s) const;
   // The first cell, from 0 on, that gets level s + 1 or a higher one; cells + 1 where none does.
   std::size_t FirstAbove(std::size_t s) const;
+  // The same numbers for Kernels::cell_tables; position: [cells + 1], k / cells.
+  CellGrid Cells(const float* position) const;
 
  private:
   const float* levels_;
@@ -49,13 +51,12 @@ SimulatedLevels MakeLevels(const float* levels, std::size_t channels, std::size_
 // The grid of codes of 8 bits that the levels of all channels are among.
 struct CodeGrid {
   CodeGrid(const float* levels, std::size_t count);
-  std::uint8_t Code(float value) const;
   float step;
   float zero;
 };
 
 // The nearest of sorted codes of levels to every code.
-void MapLevels(const CodeGrid& grid, const float* levels, std::size_t count, LevelMap* map);
+void MapLevels(const std::uint8_t* levels, std::size_t count, LevelMap* map);
 
 }  // namespace postquant::quantize
 

@@ -9,6 +9,8 @@ namespace postquant::quantize {
 namespace {
 
 #if defined(POSTQUANT_LANES)
+constexpr bool kLooksUp = false;
+
 // How many steps an element has passed, by a binary search in a register: 3, 7 or 15 at most.
 template <std::size_t kSteps>
 inline Lanes::Bytes SearchRegister(Lanes::Bytes x, Lanes::Bytes below, Lanes::Bytes reached) {
@@ -40,6 +42,8 @@ inline void SearchLevels(const std::uint8_t* __restrict x, std::size_t count, co
     y[i] = map.level[x[i]];
   }
 }
+#else
+constexpr bool kLooksUp = true;
 #endif
 
 // Compilers vectorise the loop over a block because its length and the number of steps are constants.

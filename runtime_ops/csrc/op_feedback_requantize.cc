@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "feedback_coefficients.h"
+#include "feedback_tile.h"
 #include "level_maps.h"
 #include "operators.h"
 #include "quantize_kernels.h"
@@ -20,7 +21,6 @@ namespace {
 
 using quantize::FeedbackPlan;
 using quantize::FeedbackScratch;
-using quantize::FeedbackTile;
 using quantize::kTilePositions;
 
 constexpr std::size_t kTaskElements = 8192;  // about what is worth handing to another thread
@@ -44,19 +44,6 @@ FeedbackScratch Cut(const FeedbackPlan& plan, std::size_t largest_group, bool ro
     std::fill(cut.rows, cut.rows + plan.channels * kTilePositions, std::uint8_t{0});
   }
   return cut;
-}
-
-// Positions `begin` to `end` of [outer][channels][inner].
-FeedbackTile TileOf(std::size_t begin, std::size_t end, std::size_t channels, std::size_t inner) {
-  FeedbackTile tile;
-  tile.channel_step = inner;
-  tile.runs = 0;
-  while (begin < end) {
-    const std::size_t count = std::min(end - begin, inner - begin % inner);
-    tile.run[tile.runs++] = {begin / inner * channels * inner + begin % inner, count};
-    begin += count;
-  }
-  return tile;
 }
 
 class FeedbackRequantize {
@@ -130,7 +117,7 @@ class FeedbackRequantize {
         const std::size_t end = std::min(positions, (task + 1) * group);
         for (std::size_t begin = task * group; begin < end; begin += kTilePositions) {
           const std::size_t stop = std::min(end, begin + kTilePositions);
-          kernels_.feedback(plan, TileOf(begin, stop, plan.channels, inner), scratch, codes, y);
+          kernels_.feedback(plan, quantize::TileOf(begin, stop, plan.channels, inner), scratch, codes, y);
         }
       } catch (const std::bad_alloc&) {
         no_memory = true;

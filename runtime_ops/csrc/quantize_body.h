@@ -14,7 +14,7 @@ namespace postquant::quantize {
 namespace {
 
 constexpr Kernels kKernels = {PoolAnyFloat, PoolCodes, Quantize, Requantize, Border, Residual, SpreadRows,
-                              GatherRows,   Window,    Mix,      Combine,    Decide, Levels,  LevelsAcross,
+                              GatherRows,   Window,    Mix,      Combine,    Decide, kLooksUp, Levels,  LevelsAcross,
                               Feedback,     SimulateRow, SimulateAcross, GradientsToX, CellTables, GridCodes,
                               MaskBytes,    TileShifts,  Turn};
 

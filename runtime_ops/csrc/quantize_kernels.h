@@ -147,7 +147,9 @@ struct Kernels {
   void (*decide)(const float* ratio, std::size_t count, const CodeRange& range, const ChannelBorder& border,
                  const Neighbours& neighbours, std::uint8_t* y);
 
-  // LutRequantize: y = map.level[x]; x and y do not overlap.
+  // LutRequantize: y = map.level[x]; x and y do not overlap. Unless `looks_levels_up`, whole groups of kTilePositions
+  // need the first element of map.level only.
+  bool looks_levels_up;
   void (*levels)(const std::uint8_t* x, std::size_t count, const LevelMap& map, std::uint8_t* y);
   // The same for `count` rows of an element of each channel; at least kFewestPoints channels.
   void (*levels_across)(const std::uint8_t* x, std::size_t count, const LevelRows& rows, std::uint8_t* y);

@@ -72,8 +72,8 @@ void MakeTables(const Kernels& kernels, const PostquantLevels& call, const float
   for (std::size_t c = 0; c < static_cast<std::size_t>(call.channels); ++c) {
     float* const weight = sums.weight + c * sums.width;
     std::uint8_t* const bin = sums.bin + c * sums.width;
-    const LevelGrid grid(call.levels + c * count, count, cells);
-    kernels.cell_tables(grid.Cells(position), weight + 1, bin + 1);
+    const LevelGrid grid(call.levels + c * count, count, cells, position);
+    kernels.cell_tables(grid.Cells(), weight + 1, bin + 1);
     weight[0] = 1.0F;
     bin[0] = 0;
     weight[sums.width - 1] = -1.0F;
@@ -98,9 +98,7 @@ void ToLevels(const Kernels& kernels, const PostquantLevels& call, const float* 
   sums.bin = scratch.Take<std::uint8_t>(channels * sums.width);
   sums.sum = scratch.Take<double>(channels * kBins);
   std::fill(sums.sum, sums.sum + channels * kBins, 0.0);
-  for (std::size_t cell = 0; cell <= cells; ++cell) {
-    position[cell] = static_cast<float>(cell) / static_cast<float>(cells);
-  }
+  MakePositions(cells, position);
   MakeTables(kernels, call, position, sums);
   if (call.mask == nullptr) {
     AddAll<false>(call, grad, places, sums);

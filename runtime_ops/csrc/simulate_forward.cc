@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "feedback_tile.h"
 #include "scratch.h"
 #include "simulate_passes.h"
 #include "simulate_tables.h"
@@ -154,18 +155,6 @@ void ChannelTile(const Feedbacks& with, Rooms* rooms, const FeedbackTile& tile, 
   }
 }
 
-FeedbackTile TileOf(std::size_t begin, std::size_t end, std::size_t channels, std::size_t inner) {
-  FeedbackTile tile;
-  tile.channel_step = inner;
-  tile.runs = 0;
-  while (begin < end) {
-    const std::size_t count = std::min(end - begin, inner - begin % inner);
-    tile.run[tile.runs++] = {begin / inner * channels * inner + begin % inner, count};
-    begin += count;
-  }
-  return tile;
-}
-
 FeedbackPlan MakePlan(const PostquantFeedback& from, std::size_t channels, const std::size_t* order,
                       const LevelMap* maps) {
   FeedbackPlan plan{};
@@ -205,7 +194,7 @@ void WithFeedback(const Kernels& kernels, const Shape& shape, const PostquantLev
   kernels.grid_codes(call.levels, channels * count, grid.step, grid.zero, codes);
   for (std::size_t c = 0; c < channels; ++c) {
     order[c] = static_cast<std::size_t>(call.feedback->order[c]);
-    MapLevels(codes + c * count, count, maps + c);
+    MapLevels(codes + c * count, count, kernels.looks_levels_up, maps + c);
   }
   const FeedbackPlan plan = MakePlan(*call.feedback, channels, order, maps);
   Rooms rooms;
@@ -239,17 +228,20 @@ void WithFeedback(const Kernels& kernels, const Shape& shape, const PostquantLev
 void SimulateLevels(const PostquantLevels& call, const float* x, float* y, std::int16_t* places) {
   const Kernels& kernels = SelectedKernels();
   const Shape shape(call);
+  const auto cells = static_cast<std::size_t>(call.cells);
   const std::size_t numbers = shape.channels * kSimulatedLevels;
-  const Workspace workspace(Scratch::kLine + 2 * Scratch::Bytes<float>(shape.channels) +
+  const Workspace workspace(Scratch::kLine + Scratch::Bytes<float>(cells + 1) + 2 * Scratch::Bytes<float>(shape.channels) +
                             2 * Scratch::Bytes<float>(numbers));
   Scratch scratch(workspace.data());
   LevelRoom room{};
+  room.position = scratch.Take<float>(cells + 1);
+  MakePositions(cells, room.position);
   room.low = scratch.Take<float>(shape.channels);
   room.per_unit = scratch.Take<float>(shape.channels);
   room.first = scratch.Take<float>(numbers);
   room.level = scratch.Take<float>(numbers);
-  const SimulatedLevels levels = MakeLevels(call.levels, shape.channels, static_cast<std::size_t>(call.count),
-                                            static_cast<std::size_t>(call.cells), shape.across, room);
+  const SimulatedLevels levels = MakeLevels(call.levels, shape.channels, static_cast<std::size_t>(call.count), cells,
+                                            shape.across, room);
   const SimulatedValues values = {x, call.mask, nullptr, 0.0F, y, places};
   if (call.feedback == nullptr) {
     WithoutFeedback(kernels, shape, levels, values);

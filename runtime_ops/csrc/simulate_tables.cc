@@ -22,8 +22,14 @@ std::size_t Above(float value) {
 
 }  // namespace
 
-LevelGrid::LevelGrid(const float* levels, std::size_t count, std::size_t cells)
-    : levels_(levels), count_(count), cells_(cells), span_(levels[count - 1] - levels[0]) {
+void MakePositions(std::size_t cells, float* position) {
+  for (std::size_t cell = 0; cell <= cells; ++cell) {
+    position[cell] = static_cast<float>(cell) / static_cast<float>(cells);
+  }
+}
+
+LevelGrid::LevelGrid(const float* levels, std::size_t count, std::size_t cells, const float* position)
+    : levels_(levels), count_(count), cells_(cells), position_(position), span_(levels[count - 1] - levels[0]) {
   const auto all = static_cast<float>(cells);
   // In this order, as torch divides a number by a tensor.
   per_unit_ = (1.0F / std::max(span_, kSmallestGap)) * all;
@@ -33,7 +39,7 @@ LevelGrid::LevelGrid(const float* levels, std::size_t count, std::size_t cells)
 }
 
 float LevelGrid::Share(std::size_t cell, std::size_t s) const {
-  const float place = static_cast<float>(cell) / static_cast<float>(cells_) * span_ + levels_[0];
+  const float place = position_[cell] * span_ + levels_[0];
   const float below = levels_[s];
   return Within((place - below) / std::max(levels_[s + 1] - below, kSmallestGap), 0.0F, 1.0F);
 }
@@ -54,10 +60,10 @@ std::size_t LevelGrid::FirstAbove(std::size_t s) const {
   return cell;
 }
 
-CellGrid LevelGrid::Cells(const float* position) const {
+CellGrid LevelGrid::Cells() const {
   CellGrid grid{};
   grid.cells = cells_;
-  grid.position = position;
+  grid.position = position_;
   grid.span = span_;
   grid.steps = count_ - 1;
   for (std::size_t s = 0; s < kSimulatedLevels; ++s) {
@@ -76,7 +82,7 @@ SimulatedLevels MakeLevels(const float* levels, std::size_t channels, std::size_
   made.steps = count - 1;
   made.last = static_cast<float>(cells + 2);
   for (std::size_t c = 0; c < channels; ++c) {
-    const LevelGrid grid(levels + c * count, count, cells);
+    const LevelGrid grid(levels + c * count, count, cells, room.position);
     room.low[c] = grid.low();
     room.per_unit[c] = grid.per_unit();
     for (std::size_t s = 0; s < kSimulatedLevels; ++s) {
@@ -105,24 +111,28 @@ CodeGrid::CodeGrid(const float* levels, std::size_t count) {
   zero = std::nearbyint(-low / step);
 }
 
-void MapLevels(const std::uint8_t* levels, std::size_t count, LevelMap* map) {
+void MapLevels(const std::uint8_t* levels, std::size_t count, bool all, LevelMap* map) {
   std::size_t steps = 0;
   std::size_t filled = 0;
   std::uint8_t code = levels[0];
-  map->reached[0] = code;
+  map->level[0] = map->reached[0] = code;
   for (std::size_t s = 1; s < count; ++s) {
     const std::uint8_t next = levels[s];
     if (next > code) {
       // The upper one of two that are equally near.
       const std::size_t first = (std::size_t{code} + next + 1) / 2;
-      std::memset(map->level + filled, code, first - filled);
-      filled = first;
+      if (all) {
+        std::memset(map->level + filled, code, first - filled);
+        filled = first;
+      }
       map->below[steps] = static_cast<std::int8_t>(static_cast<std::int32_t>(first) - 1 - 128);
       map->reached[++steps] = next;
       code = next;
     }
   }
-  std::memset(map->level + filled, code, sizeof map->level - filled);
+  if (all) {
+    std::memset(map->level + filled, code, sizeof map->level - filled);
+  }
   map->steps = static_cast<std::uint8_t>(steps);
   std::fill(map->below + steps, map->below + kMostSteps + 1, std::int8_t{127});
   std::fill(map->reached + steps + 1, map->reached + kMostSteps + 1, code);

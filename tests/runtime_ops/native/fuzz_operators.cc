@@ -8,6 +8,7 @@
 #include <random>
 
 #include "fake_onnxruntime.h"
+#include "fuzz_levels.h"
 
 namespace {
 
@@ -389,9 +390,8 @@ int main(int count, char** arguments) {
   long ran = 0;
   std::vector<std::uint8_t> bytes(512);
   for (; runs < most && std::chrono::steady_clock::now() < end; ++runs) {
-    for (std::uint8_t& byte : bytes) {
-      byte = static_cast<std::uint8_t>(random());
-    }
+    std::generate(bytes.begin(), bytes.end(), [&] { return static_cast<std::uint8_t>(random()); });
+    fuzz::SimulateLevels(random);
     ran += RunBytes(bytes.data(), bytes.size()) ? 1 : 0;
   }
   std::printf("ok %ld %ld\n", runs, ran);

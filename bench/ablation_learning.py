@@ -38,7 +38,7 @@ import sys
 import tempfile
 import time
 import unittest.mock
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -53,7 +53,6 @@ from postquant.calib.learn.block_cache import BlockCache
 from postquant.calib.learn.fisher import measure_metrics
 from postquant.calib.learn.learner import Learner
 from postquant.calib.learn.network_learner import learn_network
-from postquant.calib.learn.output_metric import OutputMetric
 from postquant.calib.learn.recipe import Borders, Effort, Recipe, network_recipe, recipe_for
 from postquant.calib.source import CalibrationSource
 from postquant.calib.work import forward_work
@@ -160,7 +159,7 @@ class Study:
             )
             plan, _ = learner.run(plan, done=[], save=lambda *a: None, progress=lambda *a: None)
             if row in WHOLE:
-                plan = self.network(model, plan, blocks, source, pathlib.Path(temporary), seed, metrics)
+                plan = self.network(model, plan, blocks, source, pathlib.Path(temporary), seed)
         return model, plan
 
     def network(
@@ -171,7 +170,6 @@ class Study:
         source: CalibrationSource,
         folder: pathlib.Path,
         seed: int,
-        metrics: Mapping[str, OutputMetric],
     ) -> QuantPlan:
         """A plan with the whole network learned behind its blocks."""
         recipe = network_recipe(Effort.MAX, forward_work(model, source))
@@ -190,7 +188,6 @@ class Study:
             device=CPU,
             threads=1,
             progress=lambda *a: None,
-            metrics=metrics,
         )[0]
 
     def line(self, row: str, seed: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 import torch
@@ -16,7 +16,6 @@ from postquant.calib.learn.learner import LearnedBlock, learned_block, torch_lim
 from postquant.calib.learn.network_objective import NetworkObjective
 from postquant.calib.learn.network_samples import NetworkSamples
 from postquant.calib.learn.objective import BlockDiffersError
-from postquant.calib.learn.output_metric import OutputMetric
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.recipe import Recipe
 from postquant.calib.learn.reconstruct import BlockOutcome, reconstruct
@@ -45,7 +44,6 @@ def learn_network(
     device: torch.device,
     threads: int,
     progress: Callable[[int, float], None],
-    metrics: Mapping[str, OutputMetric] | None = None,
 ) -> tuple[QuantPlan, LearnedBlock]:
     """Learns codes, scales, biases and steps of all layers at once.
 
@@ -62,7 +60,6 @@ def learn_network(
         device: Where.
         threads: Parts of a batch that are computed at the same time on the CPU, at least 1; never changes the result.
         progress: Told the number of steps done and the loss from time to time.
-        metrics: Name of a block's output -> how its errors count; by their squares where it is missing.
 
     Returns:
         The plan, changed or not, and what happened.
@@ -92,7 +89,6 @@ def learn_network(
             recipe.batch,
             device,
             steps,
-            metrics,
         )
         quantizers = BlockQuantizers(model, plan, list(model.graph), frozenset(), recipe, device)
         outcome = reconstruct(

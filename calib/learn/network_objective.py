@@ -5,7 +5,7 @@
 Blocks are learned one after the other and cannot know what later ones make of their errors. The outputs alone say too
 little about so many weights: learning from them fits the calibration samples. The values between blocks hold what is
 inside where it was (as hints do, Romero et al. 2015); errors of theirs that no reader can see do not count
-(:mod:`postquant.calib.learn.visible`), others by what they do to the outputs (:mod:`.output_metric`), as in blocks.
+(:mod:`postquant.calib.learn.visible`).
 
 The float network runs beside the quantized one, so that images can be mirrored and shifted at random
 (:class:`postquant.calib.learn.augment.Augmentation`).
@@ -22,7 +22,6 @@ from postquant.calib.learn.augment import Augmentation
 from postquant.calib.learn.block_quantizers import BlockQuantizers
 from postquant.calib.learn.network_samples import NetworkSamples
 from postquant.calib.learn.objective import Objective
-from postquant.calib.learn.output_metric import OutputMetric
 from postquant.calib.learn.parallel_steps import ParallelSteps
 from postquant.calib.learn.quantizers import DropMasks
 from postquant.calib.learn.reader import Reader
@@ -48,7 +47,6 @@ class NetworkObjective(Objective):
         batch: Samples per step.
         device: Where.
         steps: Threads for the parts of a batch.
-        metrics: Name of a value between blocks -> how its errors count; by their squares where it is missing.
     """
 
     def __init__(
@@ -62,7 +60,6 @@ class NetworkObjective(Objective):
         batch: int,
         device: torch.device,
         steps: ParallelSteps,
-        metrics: Mapping[str, OutputMetric] | None = None,
     ) -> None:
         super().__init__(list(model.graph), batch, device, steps)
         self._model = model
@@ -74,7 +71,6 @@ class NetworkObjective(Objective):
         between = [name for name in inner if name not in self._shares] if features else []
         self._shares |= {name: features / len(between) for name in between}
         self._visible = {name: inner.get(name, Visible()) for name in self._shares}
-        self._metrics = {name: metric.to(device) for name, metric in (metrics or {}).items()}
         self._variances = self._measured_variances()
         # Every output is divided by its deviation before they are compared (:meth:`output`).
         self.variance = 1.0
@@ -132,12 +128,10 @@ class NetworkObjective(Objective):
 
     def _errors(self, got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Relative error of every value, () float32."""
-        return {name: self._error(name, got[name], exact[name]) for name in self._shares}
-
-    def _error(self, name: str, got: Tensor, exact: Tensor) -> Tensor:
-        error, metric = self._visible[name].error(got, exact), self._metrics.get(name)
-        square = error.square().sum() if metric is None else metric.energy(error)
-        return square / (error.numel() * self._variances[name])
+        return {
+            name: visible.error(got[name], exact[name]).square().mean() / self._variances[name]
+            for name, visible in self._visible.items()
+        }
 
     def _measured_variances(self) -> dict[str, float]:
         """Of what is seen of every value that the loss compares."""

@@ -75,4 +75,6 @@ def subsampling_note(statistics: Iterable[TensorStatistics]) -> str | None:
     if not names:
         return None
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    if len(names) == 1:
+        return f"the histogram of {shown} was fed an even sample of its values, not all"
     return f"histograms of {len(names)} tensors were fed an even sample of their values, not all ({shown})"

@@ -74,7 +74,7 @@ def test_subsampling_is_noted() -> None:
     assert found["double"].observed == (2 * X.min(), 2 * X.max())
     note = subsampling_note(found.values())
     assert note is not None
-    assert "1 tensors" in note
+    assert note == "the histogram of double was fed an even sample of its values, not all"
     assert "double" in note
 
 

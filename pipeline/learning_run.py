@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from postquant.calib.learn.recipe import Borders, Recipe, network_recipe, recipe_for
+from postquant.calib.learn.recipe import Borders, Recipe, judging_samples, network_recipe, recipe_for, sample_worth
 from postquant.calib.work import forward_work
 from postquant.passes.blocks import Block
 from postquant.passes.plan import QuantPlan
@@ -21,6 +21,7 @@ from postquant.pipeline.progress import NullProgress
 from postquant.runtime_ops.law_adaptive import Feature
 
 if TYPE_CHECKING:
+    from postquant.calib.learn.copied_source import CopiedSource
     from postquant.calib.learn.learner import LearnedBlock
 
 # What an adaptive step sees of its sample.
@@ -57,6 +58,7 @@ class LearningRun:
         self.notes: list[str] = []
         work = forward_work(model, job.source)
         self._positions = work.layers
+        self._worth = sample_worth(work.positions)
         self.recipe = dataclasses.replace(
             recipe_for(job.config.effort, work),
             borders=_BORDERS[job.config.border],
@@ -118,21 +120,35 @@ class LearningRun:
 
         metrics, notes = block_metrics(job, self._model, self._blocks, self.recipe)
         self.notes += notes
+        source = self._copied()
         learner = Learner(
             self._model,
             self._blocks,
-            BlockCache(self._model, self._blocks, job.source, self._folder, memory=job.config.memory),
+            BlockCache(self._model, self._blocks, source, self._folder, memory=job.config.memory),
             self.recipe,
             seed=job.config.seed,
             device=torch.device(job.config.device.value),
             positions=self._positions,
             threads=self._threads,
             metrics=metrics,
+            judging=source.judging,
+            copies=source.copies,
         )
         learner.run(plan, done=done, save=save, progress=lambda block, step, loss: bar.show(block.name, step, loss))
         left = sum(block.reason == LEFT for block in depth.blocks)
         if left:
             job.progress.say(f"{left} learned blocks are left as they were: {LEFT}")
+
+    def _copied(self) -> CopiedSource:
+        """What blocks are learned from."""
+        from postquant.calib.learn.copied_source import CopiedSource, copies_for
+
+        job = self._job
+        copies = copies_for(job.source, self._worth) if job.config.augment else 0
+        if copies:
+            self.notes.append(f"blocks were learned from {copies} mirrored and shifted copies of every image, too")
+        judging = judging_samples(len(job.source), self.recipe.validation)
+        return CopiedSource(job.source, judging, copies, job.config.seed)
 
     def _learn_network(self, plan: QuantPlan, recipe: Recipe) -> tuple[QuantPlan, LearnedBlock]:
         import torch

@@ -41,6 +41,16 @@ def image_axes(spec: InputSpec) -> tuple[int, int] | None:
     return (1, 2) if spec.shape[3] in _CHANNELS else None
 
 
+def large_enough(shape: Sequence[int], axes: tuple[int, int]) -> bool:
+    """Whether images are mirrored and shifted at all.
+
+    Args:
+        shape: Of a batch.
+        axes: Height and width.
+    """
+    return min(shape[axis] for axis in axes) >= _LEAST_SIZE
+
+
 class Augmentation:
     """Random mirrored and shifted copies of a batch.
 
@@ -73,8 +83,7 @@ class Augmentation:
         Returns:
             The same shape.
         """
-        height, width = (images.shape[axis] for axis in self._axes)
-        if min(height, width) < _LEAST_SIZE:
+        if not large_enough(images.shape, self._axes):
             return images
         return torch.cat([self._one(images[index : index + 1]) for index in range(len(images))])
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from postquant.calib.learn.level_codes import LARGEST_CODE, LevelCodes
 from postquant.calib.learn.native_levels import NativeFeedback
 from postquant.runtime_ops.law_feedback import GROUPS, LARGEST_ERROR, LARGEST_SHIFT, Feedback
 
 Tensor = torch.Tensor
-_CODES = 256
 
 
 class FeedbackShift:
@@ -57,11 +57,9 @@ class FeedbackShift:
             The shape of ``x``, without gradient.
         """
         with torch.no_grad():
-            low = levels.min()
-            step = ((levels.max() - low) / (_CODES - 1)).clamp_min(1e-30)
-            zero = (-low / step).round()
-            nearest = self._nearest((levels[self._order] / step + zero).round_().clamp_(0, _CODES - 1))
-            codes = (self._split(x) / step + zero).round_().clamp_(0, _CODES - 1)
+            grid = LevelCodes(levels)
+            nearest = grid.nearest_codes()[self._order]
+            codes = (self._split(x) / grid.step + grid.zero).round_().clamp_(0, LARGEST_CODE)
             kept = None if mask is None else self._split(mask)
             shifts = torch.zeros_like(codes)
             total = codes.new_zeros(len(self._left), codes.shape[1])
@@ -71,7 +69,7 @@ class FeedbackShift:
                     inner = (total * self._left_scale).round_().clamp_(-LARGEST_ERROR, LARGEST_ERROR)
                     shift = (self._right[group] @ inner).mul_(self._right_scale[group]).round_()
                     shifts[group] = shift.clamp_(-LARGEST_SHIFT, LARGEST_SHIFT)
-                place = (own - shifts[group]).clamp_(0, _CODES - 1).long()
+                place = (own - shifts[group]).clamp_(0, LARGEST_CODE).long()
                 error = (torch.gather(nearest[group], 1, place) - own).clamp_(-LARGEST_ERROR, LARGEST_ERROR)
                 if kept is not None:
                     error.mul_(kept[group])
@@ -79,13 +77,7 @@ class FeedbackShift:
                     total.addmm_(self._left[:, group], error)
             if kept is not None:
                 shifts.mul_(kept)
-            return self._join(shifts.mul_(step), x)
-
-    def _nearest(self, levels: Tensor) -> Tensor:
-        """The nearest level of every code, (C, 256), in codes; integers of float32, as in what is written."""
-        middles = (levels[:, 1:] + levels[:, :-1]) / 2
-        codes = torch.arange(_CODES, dtype=levels.dtype, device=levels.device).expand(len(levels), -1)
-        return torch.gather(levels, 1, torch.searchsorted(middles.contiguous(), codes.contiguous(), right=True))
+            return self._join(shifts.mul_(grid.step), x)
 
     def _split(self, x: Tensor) -> Tensor:
         """(C, positions), in the order of the groups."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 import torch
@@ -77,6 +77,8 @@ class Learner:
         threads: Parts of a batch that are computed at the same time on the CPU, at least 1; never changes the result.
         metrics: Name of a block's output -> how its errors count
             (:func:`postquant.calib.learn.fisher.measure_metrics`); by their squares where it is missing.
+        judging: Samples of the cache that only judge; every eighth where None.
+        copies: Of every other sample that the cache holds besides; they make no block's rows more.
     """
 
     def __init__(
@@ -91,6 +93,8 @@ class Learner:
         positions: Mapping[str, int],
         threads: int = 1,
         metrics: Mapping[str, OutputMetric] | None = None,
+        judging: Collection[int] | None = None,
+        copies: int = 0,
     ) -> None:
         self._threads = threads if device.type == "cpu" else 1
         self._nodes = {node.name: node for node in model.graph}
@@ -103,6 +107,8 @@ class Learner:
         self._device = device
         self._positions = positions
         self._metrics = metrics or {}
+        self._judging = judging
+        self._copies = copies
 
     def run(
         self,
@@ -151,7 +157,9 @@ class Learner:
 
         visible = visible_part(self._model, plan, block.output)
 
-        def attempt(recipe: Recipe, samples: BlockSamples) -> tuple[BlockQuantizers, BlockOutcome]:
+        def attempt(
+            recipe: Recipe, samples: BlockSamples, judging: Collection[int]
+        ) -> tuple[BlockQuantizers, BlockOutcome]:
             quantizers = BlockQuantizers(self._model, plan, nodes, decided, recipe, self._device)
             outcome = reconstruct(
                 BlockObjective(
@@ -167,6 +175,7 @@ class Learner:
                 samples.groups,
                 quantizers,
                 recipe,
+                judging=judging,
                 seed=self._seed + index,
                 device=self._device,
                 steps=steps,
@@ -179,27 +188,30 @@ class Learner:
             reason = f"nothing in it has fewer than {FIXED_BITS} bits"
             return given, LearnedBlock(block.name, block.layers, kept=False, reason=reason)
         with self._cache.load(block, plan) as samples:
-            recipe = self._recipe_of(block, plan, unlearned.bits, len(samples))
+            judging = self._judging
+            if judging is None:
+                judging = judging_samples(len(samples), self._recipe.validation)
+            learned = (len(samples) - len(judging)) // (1 + self._copies)
+            recipe = self._recipe_of(block, plan, unlearned.bits, learned)
             if recipe.exact:
                 samples = dataclasses.replace(samples, quantized=samples.exact)
             try:
-                quantizers, outcome = attempt(recipe, samples)
+                quantizers, outcome = attempt(recipe, samples, judging)
                 if not outcome.kept and recipe.rounding is Rounding.FREE:
                     first = outcome
-                    quantizers, outcome = attempt(_without_codes(recipe), samples)
+                    quantizers, outcome = attempt(_without_codes(recipe), samples, judging)
                     outcome = outcome.after_another(first)
             except BlockDiffersError as error:
                 return given, LearnedBlock(block.name, block.layers, kept=False, reason=str(error))
-        learned = learned_block(block.name, block.layers, outcome)
-        return quantizers.to_plan(plan) if outcome.kept else given, learned
+        found = learned_block(block.name, block.layers, outcome)
+        return quantizers.to_plan(plan) if outcome.kept else given, found
 
-    def _recipe_of(self, block: Block, plan: QuantPlan, bits: int, samples: int) -> Recipe:
-        """How a block is learned whose narrowest learned activation has so many bits."""
+    def _recipe_of(self, block: Block, plan: QuantPlan, bits: int, learned: int) -> Recipe:
+        """How a block is learned whose narrowest learned activation has so many bits, from so many samples."""
         shown = {name: self._positions.get(name, 1) for name in block.layers}
         layers = [layer for name in block.layers if (layer := Layer.of(self._nodes[name])) is not None]
         weights = (plan.weights[layer.weight] for layer in layers)
         weight_bits = min((entry.spec.bits for entry in weights if isinstance(entry, TensorQuantizer)), default=8)
-        learned = samples - len(judging_samples(samples, self._recipe.validation))
         rows = min((shown[layer.name] * learned / layer.depth for layer in layers), default=math.inf)
         return block_recipe(self._recipe, min(shown.values(), default=1), bits, weight_bits, rows)
 

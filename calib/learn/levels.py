@@ -1,14 +1,16 @@
 """Learned code books of activations: :class:`LevelsActivation`.
 
-The simulation gives every value its nearest level, of its channel where channels have levels of their own. Between two
-levels ``L_i <= x < L_i+1``, with ``t = (x - L_i) / (L_i+1 - L_i)``, and for the upstream ``g``, the gradients are
+The simulation is the law's: values and levels are rounded to codes of 8 bits, and every value gets its nearest level,
+of its channel where channels have levels of their own, the upper one of two that are equally near. Between two levels
+``L_i <= x < L_i+1``, with ``t = (x - L_i) / (L_i+1 - L_i)`` of codes, and for the upstream ``g``, the gradients are
 
     to x: g                   to L_i: g ([t < 1/2] - (1 - t))              to L_i+1: g ([t >= 1/2] - t)
 
 and outside g to the level at the end. That is LSQ's gradient (Esser et al. 2020) for a rounding behind a piecewise
 linear function with ``L_i -> i``: of equal gaps s, the sum of i times the gradient to L_i is that to s. Sums over
-values are sums over the cells of a fine grid: what happens in a cell is looked up. Error feedback moves values in front
-of all that, without a gradient (:mod:`postquant.calib.learn.feedback`).
+values are sums over codes: what happens at a code is looked up. Error feedback moves values in front of all that,
+without a gradient (:mod:`postquant.calib.learn.feedback`); errors that it makes up for are those that are made, only if
+every value gets the level that feedback has reckoned with.
 
 Gaps are learned as factors of their start, and zero stays a level.
 """
@@ -26,18 +28,14 @@ import torch
 from postquant.calib.activation_levels import quantizer_with_levels
 from postquant.calib.learn import native_levels
 from postquant.calib.learn.feedback import FeedbackShift
+from postquant.calib.learn.level_codes import LARGEST_CODE, PLACES, LevelCodes
 from postquant.calib.learn.pieces import PIECE
 from postquant.calib.learn.quantizers import DropMasks
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 Tensor = torch.Tensor
-# Cells between the first and the last level: four per code of 8 bits, and one per code of the widest channel where
-# there are many; one more on each side is for what lies outside.
-_CELLS = 1020
-_CELLS_PER_CHANNEL = 255
 # A gap stays within this factor of its start.
 _MOST_FACTOR = 4.0
-_LARGEST_CODE = 255
 
 
 class LevelQuantize(torch.autograd.Function):
@@ -63,7 +61,7 @@ class LevelQuantize(torch.autograd.Function):
         if ctx.native:
             kept = None if mask is None else ctx.layout.split(mask)
             coefficients = None if shift is None else shift.native
-            simulated, places = native_levels.simulate(ctx.layout.split(x), levels, kept, _cells(levels), coefficients)
+            simulated, places = native_levels.simulate(ctx.layout.split(x), levels, kept, coefficients)
             ctx.save_for_backward(places, levels, kept)
             joined: Tensor = ctx.layout.join(simulated)
             return joined
@@ -80,7 +78,7 @@ class LevelQuantize(torch.autograd.Function):
         places, levels, kept = ctx.saved_tensors
         upstream, wanted = ctx.layout.split(grads[0]), tuple(ctx.needs_input_grad[:2])
         if ctx.native:
-            found = native_levels.gradients(upstream, places, levels, kept, _cells(levels), wanted=wanted)
+            found = native_levels.gradients(upstream, places, levels, kept, wanted=wanted)
         else:
             found = _gradients(upstream, places, levels, kept, wanted)
         to_x, to_levels = found
@@ -99,16 +97,16 @@ _apply: Callable[..., Tensor] = LevelQuantize.apply
 
 
 def _simulate(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest levels of (outer, C, inner), and the cells that they are looked up in, counted through all channels."""
-    cells = _cells(levels)
-    low, high = levels[:, :1], levels[:, -1:]
-    per_unit = cells / (high - low).clamp_min(1e-30)
-    first = torch.arange(len(levels), device=values.device, dtype=torch.float32)[:, None] * (cells + 3)
-    table = _Cells(levels).nearest().reshape(-1)
+    """Nearest levels of (outer, C, inner), and the places that they are looked up at, counted through all channels."""
+    codes = LevelCodes(levels)
+    bottom, top = codes.codes[:, :1] + 1, codes.codes[:, -1:] + 1
+    first = torch.arange(len(levels), device=values.device, dtype=torch.float32)[:, None] * PLACES
+    table = codes.nearest().reshape(-1)
     simulated, places = torch.empty_like(values), torch.empty_like(values, dtype=torch.int32)
     for part, channels in _pieces(values):
-        place = values[part].sub(low[channels]).mul_(per_unit[channels]).add_(1.0)
-        places[part] = place.clamp_(0.0, cells + 2.0).round_().add_(first[channels])
+        place = values[part].sub(codes.low).mul_(codes.per_unit).add_(1.0).clamp_(0.0, PLACES - 1.0).round_()
+        place.masked_fill_(place > top[channels], PLACES - 1.0).masked_fill_(place < bottom[channels], 0.0)
+        places[part] = place.add_(first[channels])
         index = places[part]
         simulated[part] = torch.index_select(table, 0, index.reshape(-1)).view(index.shape)
     return simulated, places
@@ -118,7 +116,7 @@ def _gradients(
     upstream: Tensor, places: Tensor, levels: Tensor, kept: Tensor | None, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients to values and levels; sums are of float64, in the order of memory."""
-    weights, bins = _Cells(levels).parts()
+    weights, bins = LevelCodes(levels).parts()
     inside = torch.ones_like(weights)
     inside[:, 0] = inside[:, -1] = 0.0
     sums = torch.zeros(len(levels), levels.shape[1] + 1, dtype=torch.float64, device=upstream.device)
@@ -135,56 +133,6 @@ def _gradients(
         to_x[part] = result
     to_levels = (sums[:, :-1] - sums[:, 1:]).to(levels.dtype) if wanted[1] else None
     return to_x if wanted[0] else None, to_levels
-
-
-def _cells(levels: Tensor) -> int:
-    return _CELLS if len(levels) == 1 else _CELLS_PER_CHANNEL
-
-
-class _Cells:
-    """Between which levels the cells of a grid lie.
-
-    Args:
-        levels: (C, n).
-    """
-
-    def __init__(self, levels: Tensor) -> None:
-        self._levels = levels
-        low, high = levels[:, :1], levels[:, -1:]
-        count = _cells(levels)
-        place = torch.arange(count + 1, device=levels.device, dtype=levels.dtype) / count * (high - low) + low
-        # Every level's first cell; how many levels begin up to a cell tells the one below it.
-        first = ((levels - low) * (count / (high - low).clamp_min(1e-30))).ceil_().clamp_(0, count).long()
-        begun = torch.zeros(place.shape, dtype=torch.int64, device=levels.device)
-        begun.scatter_add_(1, first, torch.ones_like(first))
-        self._left = begun.cumsum(1).sub_(1).clamp_(0, levels.shape[1] - 2)
-        below, above = self._beside()
-        self._share = ((place - below) / (above - below).clamp_min(1e-30)).clamp_(0, 1)
-        self._upper = self._share >= 0.5
-
-    def _beside(self) -> tuple[Tensor, Tensor]:
-        return torch.gather(self._levels, 1, self._left), torch.gather(self._levels, 1, self._left + 1)
-
-    def nearest(self) -> Tensor:
-        """Every cell's nearest level, (C, cells + 3)."""
-        below, above = self._beside()
-        ends = self._levels[:, :1], self._levels[:, -1:]
-        return torch.cat((ends[0], torch.where(self._upper, above, below), ends[1]), dim=1)
-
-    def parts(self) -> tuple[Tensor, Tensor]:
-        """What a cell's gradients mean for the levels: how much of them is added up in which sum.
-
-        Level j gets sum j minus sum j + 1 of its channel: what goes to both levels beside a cell adds up to nothing,
-        because the simulation follows x between them.
-
-        Returns:
-            (C, cells + 3): float32 weights, and int64 numbers of sums, which have n + 1 per channel.
-        """
-        weights = torch.nn.functional.pad(self._upper.to(self._share.dtype) - self._share, (1, 1), value=1.0)
-        weights[:, -1] = -1.0
-        bins = torch.nn.functional.pad(self._left + 1, (1, 1))
-        bins[:, -1] = self._levels.shape[1]
-        return weights, bins + torch.arange(len(bins), device=bins.device)[:, None] * (self._levels.shape[1] + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +211,7 @@ class _Gaps:
     def value(self) -> Tensor:
         """The scale of the codes of 8 bits that the levels are among, ()."""
         levels = self.levels()
-        return (levels.max() - levels.min()) / _LARGEST_CODE
+        return (levels.max() - levels.min()) / LARGEST_CODE
 
 
 class LevelsActivation:

@@ -39,7 +39,7 @@ class _Call(ctypes.Structure):
     """``PostquantLevels``."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("outer", "channels", "inner", "count", "cells")),
+        *((name, ctypes.c_int64) for name in ("outer", "channels", "inner", "count")),
         *((name, ctypes.c_void_p) for name in ("levels", "mask", "feedback")),
     )
 
@@ -94,16 +94,13 @@ def usable(x: Tensor, levels: Tensor) -> bool:
     return fits and x.numel() > 0 and 2 <= levels.shape[1] <= _MOST_LEVELS and _library() is not None
 
 
-def simulate(
-    x: Tensor, levels: Tensor, mask: Tensor | None, cells: int, feedback: NativeFeedback | None
-) -> tuple[Tensor, Tensor]:
+def simulate(x: Tensor, levels: Tensor, mask: Tensor | None, feedback: NativeFeedback | None) -> tuple[Tensor, Tensor]:
     """Every value's nearest level.
 
     Args:
         x: (outer, C, inner) float32; :func:`usable`.
         levels: (C, n) float32, every row sorted.
         mask: (outer, C, inner) float32, 0 where a value stays as it is and 1 elsewhere; all 1 when None.
-        cells: Between the first and the last level, 1 to 32000.
         feedback: Of C channels, or None.
 
     Returns:
@@ -111,12 +108,12 @@ def simulate(
     """
     x = x.contiguous()
     simulated, places = torch.empty_like(x), torch.empty_like(x, dtype=torch.int16)
-    _run(_SYMBOLS[0], x, levels, mask, cells, feedback, (simulated, places))
+    _run(_SYMBOLS[0], x, levels, mask, feedback, (simulated, places))
     return simulated, places
 
 
 def gradients(
-    grad: Tensor, places: Tensor, levels: Tensor, mask: Tensor | None, cells: int, *, wanted: tuple[bool, bool]
+    grad: Tensor, places: Tensor, levels: Tensor, mask: Tensor | None, *, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients to values and levels.
 
@@ -125,7 +122,6 @@ def gradients(
         places: Of the simulation.
         levels: (C, n), the simulation's.
         mask: The simulation's.
-        cells: The simulation's.
         wanted: Which of both are.
 
     Returns:
@@ -135,7 +131,7 @@ def gradients(
     to_x = torch.empty_like(grad) if wanted[0] else None
     to_levels = torch.empty(levels.shape) if wanted[1] else None
     _expect(places, grad.shape, torch.int16)
-    _run(_SYMBOLS[1], grad, levels, mask, cells, None, (places, to_x, to_levels))
+    _run(_SYMBOLS[1], grad, levels, mask, None, (places, to_x, to_levels))
     return to_x, to_levels
 
 
@@ -144,7 +140,6 @@ def _run(
     x: Tensor,
     levels: Tensor,
     mask: Tensor | None,
-    cells: int,
     feedback: NativeFeedback | None,
     others: tuple[Tensor | None, ...],
 ) -> None:
@@ -162,7 +157,6 @@ def _run(
         channels,
         inner,
         levels.shape[1],
-        cells,
         levels.data_ptr(),
         None if mask is None else mask.data_ptr(),
         None if feedback is None else feedback.address,
@@ -174,7 +168,7 @@ def _run(
     if status == 2:
         raise MemoryError("no memory to simulate a code book")
     if status != 0:
-        raise ValueError(f"{symbol} does not take {tuple(x.shape)} with {levels.shape[1]} levels and {cells} cells")
+        raise ValueError(f"{symbol} does not take {tuple(x.shape)} with {levels.shape[1]} levels")
 
 
 def _expect(tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:

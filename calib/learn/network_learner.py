@@ -17,7 +17,7 @@ from postquant.calib.learn.network_objective import NetworkObjective
 from postquant.calib.learn.network_samples import NetworkSamples
 from postquant.calib.learn.objective import BlockDiffersError
 from postquant.calib.learn.parallel_steps import ParallelSteps
-from postquant.calib.learn.recipe import Recipe
+from postquant.calib.learn.recipe import Recipe, judging_samples
 from postquant.calib.learn.reconstruct import BlockOutcome, reconstruct
 from postquant.calib.learn.visible import visible_part
 from postquant.calib.output_error import float_outputs
@@ -92,7 +92,15 @@ def learn_network(
         )
         quantizers = BlockQuantizers(model, plan, list(model.graph), frozenset(), recipe, device)
         outcome = reconstruct(
-            objective, samples.groups, quantizers, recipe, seed=seed, device=device, steps=steps, progress=progress
+            objective,
+            samples.groups,
+            quantizers,
+            recipe,
+            judging=judging_samples(len(samples), recipe.validation),
+            seed=seed,
+            device=device,
+            steps=steps,
+            progress=progress,
         )
         return quantizers, outcome
 

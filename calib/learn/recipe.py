@@ -191,6 +191,18 @@ def least_batch(positions: int) -> int:
     return min(math.ceil(_POSITIONS / positions), _LEAST_BATCH)
 
 
+def sample_worth(positions: int) -> float:
+    """As how many samples one counts that shows every layer so many positions.
+
+    Args:
+        positions: Output positions per sample of the layer that has the fewest, at least 1.
+
+    >>> sample_worth(49), sample_worth(3920)
+    (1.0, 10.0)
+    """
+    return max(positions / _POSITIONS, 1.0)
+
+
 def network_recipe(effort: Effort, work: ForwardWork) -> Recipe | None:
     """How the whole network is learned in the end; None where the effort does not allow enough steps.
 
@@ -201,7 +213,7 @@ def network_recipe(effort: Effort, work: ForwardWork) -> Recipe | None:
     batch = int(min(max(_BATCH_WORK / max(work.products, 1.0), least_batch(work.positions)), _MOST_BATCH))
     # Smaller batches have noisier gradients, and Adam makes steps of the same size of them. A sample that shows every
     # layer as many positions as several must show counts as so many.
-    samples = batch * max(work.positions / _POSITIONS, 1.0)
+    samples = batch * sample_worth(work.positions)
     rate = min(samples, _MOST_BATCH) / _MOST_BATCH
     steps = int(_NETWORK_WORK[effort] / (max(work.products, 1.0) * batch))
     if steps < _LEAST_STEPS:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -61,6 +61,7 @@ def reconstruct(
     quantizers: BlockQuantizers,
     recipe: Recipe,
     *,
+    judging: Collection[int],
     seed: int,
     device: torch.device,
     steps: ParallelSteps,
@@ -73,6 +74,7 @@ def reconstruct(
         groups: Samples that can form a batch.
         quantizers: Of its nodes.
         recipe: How.
+        judging: Indices of the samples that only judge, at least one.
         seed: Of the order of samples and the masks.
         device: Where.
         steps: Threads for the parts of a batch; how many changes no result.
@@ -86,7 +88,7 @@ def reconstruct(
     """
     begun = time.monotonic()
     generator = torch.Generator().manual_seed(seed)
-    split = SampleSplit(groups, recipe.validation, generator)
+    split = SampleSplit(groups, judging, generator)
     objective.check(split)
     objective.settle(quantizers, split)
     objective.measure(quantizers, split)

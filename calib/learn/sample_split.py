@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
-
-from postquant.calib.learn.recipe import judging_samples
 
 
 class SampleSplit:
@@ -16,12 +14,12 @@ class SampleSplit:
 
     Args:
         groups: Samples that can form a batch.
-        share: Share of the samples that judge, in (0, 1).
+        judges: Indices of the samples that judge, at least one.
         generator: Chooses the batches.
     """
 
-    def __init__(self, groups: Sequence[Sequence[int]], share: float, generator: torch.Generator) -> None:
-        judging = set(judging_samples(sum(map(len, groups)), share))
+    def __init__(self, groups: Sequence[Sequence[int]], judges: Collection[int], generator: torch.Generator) -> None:
+        judging = frozenset(judges)
         self._judging = [[i for i in group if i in judging] for group in groups]
         learning = [[i for i in group if i not in judging] for group in groups]
         self._learning = [group for group in learning if group] or self._judging

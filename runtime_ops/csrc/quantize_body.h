@@ -15,7 +15,7 @@ namespace {
 
 constexpr Kernels kKernels = {PoolAnyFloat, PoolCodes, Quantize, Requantize, Border, Residual, SpreadRows,
                               GatherRows,   Window,    Mix,      Combine,    Decide, kLooksUp, Levels,  LevelsAcross,
-                              Feedback,     SimulateRow, SimulateAcross, GradientsToX, CellTables, GridCodes,
+                              Feedback,     SimulateRow, SimulateAcross, GradientsToX, CodeTables, GridCodes,
                               MaskBytes,    TileShifts,  Turn};
 
 }  // namespace

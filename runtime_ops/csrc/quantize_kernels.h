@@ -163,9 +163,9 @@ struct Kernels {
                        std::size_t channel);
   void (*simulate_across)(const SimulatedValues& values, std::size_t count, const SimulatedLevels& levels);
   void (*gradients_to_x)(const float* grad, const float* mask, const std::int16_t* places, std::size_t count,
-                         std::int16_t last, float* to_x);
-  // weight and bin: [cells + 1]
-  void (*cell_tables)(const CellGrid& grid, float* weight, std::uint8_t* bin);
+                         float* to_x);
+  // weight and bin: [kCodes]
+  void (*code_tables)(const ChannelCodes& codes, float* weight, std::uint8_t* bin);
   void (*grid_codes)(const float* x, std::size_t count, float step, float zero, std::uint8_t* codes);
   void (*mask_bytes)(const float* mask, std::size_t count, std::uint8_t* kept);
   void (*tile_shifts)(const FeedbackPlan& plan, const FeedbackScratch& scratch, const std::uint8_t* codes,

@@ -1,6 +1,6 @@
 // Gradients of simulated values: to x element by element; to levels from float64 sums in the order of memory,
 //
-//     B[b] = sum of grad * weight over the elements whose cell has bin b        to level j: B[j] - B[j + 1]
+//     B[b] = sum of grad * weight over the elements whose place has bin b        to level j: B[j] - B[j + 1]
 //
 // with bin 0 and weight 1 below the first level, bin s + 1 between levels s and s + 1, and the last bin and weight -1
 // above the last level.
@@ -19,9 +19,8 @@ constexpr std::size_t kAtOnce = 4;  // channels whose sums do not wait for each 
 constexpr std::size_t kPiece = 4096;
 constexpr std::size_t kBins = kSimulatedLevels + 1;
 
-// What there is per channel: rows of `width` places and of kBins sums.
+// What there is per channel: rows of kPlaces and of kBins sums.
 struct Sums {
-  std::size_t width;
   float* weight;
   std::uint8_t* bin;
   double* sum;
@@ -30,7 +29,7 @@ struct Sums {
 template <bool kMasked>
 inline void AddOne(const float* grad, const float* mask, const std::int16_t* places, std::size_t i, const Sums& sums,
                    std::size_t channel) {
-  const std::size_t place = channel * sums.width + static_cast<std::size_t>(places[i]);
+  const std::size_t place = channel * kPlaces + static_cast<std::size_t>(places[i]);
   const float quantized = kMasked ? grad[i] * mask[i] : grad[i];
   sums.sum[channel * kBins + sums.bin[place]] += static_cast<double>(quantized * sums.weight[place]);
 }
@@ -66,18 +65,16 @@ void AddAll(const PostquantLevels& call, const float* grad, const std::int16_t* 
   }
 }
 
-void MakeTables(const Kernels& kernels, const PostquantLevels& call, const float* position, const Sums& sums) {
+void MakeTables(const Kernels& kernels, const PostquantLevels& call, const std::uint8_t* codes, const Sums& sums) {
   const auto count = static_cast<std::size_t>(call.count);
-  const auto cells = static_cast<std::size_t>(call.cells);
   for (std::size_t c = 0; c < static_cast<std::size_t>(call.channels); ++c) {
-    float* const weight = sums.weight + c * sums.width;
-    std::uint8_t* const bin = sums.bin + c * sums.width;
-    const LevelGrid grid(call.levels + c * count, count, cells, position);
-    kernels.cell_tables(grid.Cells(), weight + 1, bin + 1);
+    float* const weight = sums.weight + c * kPlaces;
+    std::uint8_t* const bin = sums.bin + c * kPlaces;
+    kernels.code_tables(CodesOf(codes + c * count, count), weight + 1, bin + 1);
     weight[0] = 1.0F;
     bin[0] = 0;
-    weight[sums.width - 1] = -1.0F;
-    bin[sums.width - 1] = static_cast<std::uint8_t>(count);
+    weight[kPlaces - 1] = -1.0F;
+    bin[kPlaces - 1] = static_cast<std::uint8_t>(count);
   }
 }
 
@@ -85,21 +82,20 @@ void ToLevels(const Kernels& kernels, const PostquantLevels& call, const float* 
               float* to_levels) {
   const auto channels = static_cast<std::size_t>(call.channels);
   const auto count = static_cast<std::size_t>(call.count);
-  const auto cells = static_cast<std::size_t>(call.cells);
   Sums sums{};
-  sums.width = cells + 3;
-  const Workspace workspace(Scratch::kLine + Scratch::Bytes<float>(cells + 1) +
-                            Scratch::Bytes<float>(channels * sums.width) +
-                            Scratch::Bytes<std::uint8_t>(channels * sums.width) +
+  const Workspace workspace(Scratch::kLine + Scratch::Bytes<std::uint8_t>(channels * count) +
+                            Scratch::Bytes<float>(channels * kPlaces) +
+                            Scratch::Bytes<std::uint8_t>(channels * kPlaces) +
                             Scratch::Bytes<double>(channels * kBins));
   Scratch scratch(workspace.data());
-  auto* const position = scratch.Take<float>(cells + 1);
-  sums.weight = scratch.Take<float>(channels * sums.width);
-  sums.bin = scratch.Take<std::uint8_t>(channels * sums.width);
+  auto* const codes = scratch.Take<std::uint8_t>(channels * count);
+  sums.weight = scratch.Take<float>(channels * kPlaces);
+  sums.bin = scratch.Take<std::uint8_t>(channels * kPlaces);
   sums.sum = scratch.Take<double>(channels * kBins);
   std::fill(sums.sum, sums.sum + channels * kBins, 0.0);
-  MakePositions(cells, position);
-  MakeTables(kernels, call, position, sums);
+  const CodeGrid grid(call.levels, channels * count);
+  kernels.grid_codes(call.levels, channels * count, grid.step, grid.zero, codes);
+  MakeTables(kernels, call, codes, sums);
   if (call.mask == nullptr) {
     AddAll<false>(call, grad, places, sums);
   } else {
@@ -124,11 +120,10 @@ void SimulateLevelsBack(const PostquantLevels& call, const float* grad, const st
   if (to_x == nullptr) {
     return;
   }
-  const auto last = static_cast<std::int16_t>(call.cells + 2);
   const auto size = static_cast<std::size_t>(call.outer * call.channels * call.inner);
   for (std::size_t i = 0; i < size; i += kPiece) {
     kernels.gradients_to_x(grad + i, call.mask == nullptr ? nullptr : call.mask + i, places + i,
-                           std::min(kPiece, size - i), last, to_x + i);
+                           std::min(kPiece, size - i), to_x + i);
   }
 }
 

@@ -2,6 +2,8 @@
 #ifndef POSTQUANT_CSRC_SIMULATE_BODY_H_
 #define POSTQUANT_CSRC_SIMULATE_BODY_H_
 
+#include <limits>
+
 #include "feedback_body.h"
 #include "quantize_kernels.h"
 #include "quantize_rounding.h"
@@ -19,10 +21,17 @@ inline float Mixed(float value, float level, float weight) {
   return (small ? value : level) + share * (level - value);
 }
 
-// A place as float32.
-inline float Place(float value, float low, float per_unit, float last) {
+// The place of an element's code as float32.
+inline float Place(float value, float low, float per_unit) {
   const float place = (value - low) * per_unit + 1.0F;
-  return (Limited(place, 0.0F, last) + kRounder) - kRounder;
+  return (Limited(place, 0.0F, kLastPlace) + kRounder) - kRounder;
+}
+
+// With what lies outside of a channel's levels at the ends.
+inline std::int16_t Ended(float place, float bottom, float top) {
+  const float below = place > top ? kLastPlace : place;
+  const float ended = below < bottom ? 0.0F : below;
+  return static_cast<std::int16_t>(static_cast<std::int32_t>(ended));
 }
 
 template <std::size_t kSteps, bool kMasked, bool kShifted>
@@ -33,9 +42,10 @@ void RowOfSteps(const SimulatedValues& values, std::size_t count, const Simulate
   float* __restrict const y = values.y;
   std::int16_t* __restrict const places = values.places;
   const float step = values.step;
-  const float last = levels.last;
-  const float low = levels.low[channel];
-  const float per_unit = levels.per_unit[channel];
+  const float low = levels.low;
+  const float per_unit = levels.per_unit;
+  const float bottom = levels.bottom[channel];
+  const float top = levels.top[channel];
   float first[kSteps];
   float level[kSteps + 1];
   level[0] = levels.level[channel * levels.channel_step];
@@ -45,32 +55,32 @@ void RowOfSteps(const SimulatedValues& values, std::size_t count, const Simulate
   }
   for (std::size_t i = 0; i < count; ++i) {
     const float value = kShifted ? x[i] - static_cast<float>(shift[i]) * step : x[i];
-    const float place = Place(value, low, per_unit, last);
+    const float place = Place(value, low, per_unit);
     float nearest = level[0];
     for (std::size_t s = 0; s < kSteps; ++s) {
       nearest = place >= first[s] ? level[s + 1] : nearest;
     }
     y[i] = kMasked ? Mixed(value, nearest, mask[i]) : nearest;
-    places[i] = static_cast<std::int16_t>(static_cast<std::int32_t>(place));
+    places[i] = Ended(place, bottom, top);
   }
 }
 
 template <std::size_t kSteps, bool kMasked, bool kShifted>
 inline void AcrossBlockOfSteps(const float* __restrict x, const float* __restrict mask,
-                               const std::int16_t* __restrict shift, float step, float last,
-                               const float* __restrict low, const float* __restrict per_unit,
+                               const std::int16_t* __restrict shift, float step, float low, float per_unit,
+                               const float* __restrict bottom, const float* __restrict top,
                                const float* __restrict first, const float* __restrict level, std::size_t level_step,
                                std::size_t count, float* __restrict y, std::int16_t* __restrict places) {
   for (std::size_t i = 0; i < count; ++i) {
     const float value = kShifted ? x[i] - static_cast<float>(shift[i]) * step : x[i];
-    const float place = Place(value, low[i], per_unit[i], last);
+    const float place = Place(value, low, per_unit);
     float nearest = level[i];
     for (std::size_t s = 0; s < kSteps; ++s) {
       const float higher = level[(s + 1) * level_step + i];
       nearest = place >= first[s * level_step + i] ? higher : nearest;
     }
     y[i] = kMasked ? Mixed(value, nearest, mask[i]) : nearest;
-    places[i] = static_cast<std::int16_t>(static_cast<std::int32_t>(place));
+    places[i] = Ended(place, bottom[i], top[i]);
   }
 }
 
@@ -85,8 +95,8 @@ void AcrossOfLevels(const SimulatedValues& values, std::size_t count, const Simu
       const std::size_t i = row * channels + c;
       const float* const mask = kMasked ? values.mask + i : nullptr;
       const std::int16_t* const shift = kShifted ? values.shift + i : nullptr;
-      AcrossBlockOfSteps<kSteps, kMasked, kShifted>(values.x + i, mask, shift, values.step, levels.last,
-                                                    levels.low + c, levels.per_unit + c, levels.first + c,
+      AcrossBlockOfSteps<kSteps, kMasked, kShifted>(values.x + i, mask, shift, values.step, levels.low,
+                                                    levels.per_unit, levels.bottom + c, levels.top + c, levels.first + c,
                                                     levels.level + c, levels.level_step, some, values.y + i,
                                                     values.places + i);
     }
@@ -133,24 +143,25 @@ void SimulateAcross(const SimulatedValues& values, std::size_t count, const Simu
 
 // Gradients to x: those of y where x lies inside or the mask is 0.
 void GradientsToX(const float* __restrict grad, const float* __restrict mask, const std::int16_t* __restrict places,
-                  std::size_t count, std::int16_t last, float* __restrict to_x) {
+                  std::size_t count, float* __restrict to_x) {
+  constexpr auto kLast = static_cast<std::int16_t>(kPlaces - 1);
   if (mask == nullptr) {
     for (std::size_t i = 0; i < count; ++i) {
-      const float inside = places[i] > 0 && places[i] < last ? 1.0F : 0.0F;
+      const float inside = places[i] > 0 && places[i] < kLast ? 1.0F : 0.0F;
       to_x[i] = inside * grad[i];
     }
     return;
   }
   for (std::size_t i = 0; i < count; ++i) {
-    const float inside = places[i] > 0 && places[i] < last ? 1.0F : 0.0F;
+    const float inside = places[i] > 0 && places[i] < kLast ? 1.0F : 0.0F;
     const float quantized = grad[i] * mask[i];
     to_x[i] = (inside * quantized + grad[i]) - quantized;
   }
 }
 
-// found[i] = value[how many of the `first` cells are at most cell + i]
+// found[i] = value[how many of the `first` codes are at most code + i]
 template <std::size_t kSteps>
-inline void PassedSteps(float cell, std::size_t count, const float (&first)[kSimulatedLevels],
+inline void PassedSteps(float code, std::size_t count, const float (&first)[kSimulatedLevels],
                         const float* value, float* __restrict found) {
   // Copies, which stay in registers.
   float limit[kSteps];
@@ -158,7 +169,7 @@ inline void PassedSteps(float cell, std::size_t count, const float (&first)[kSim
   std::memcpy(limit, first, sizeof limit);
   std::memcpy(values, value, sizeof values);
   for (std::size_t i = 0; i < count; ++i) {
-    const float here = cell + static_cast<float>(static_cast<std::int32_t>(i));
+    const float here = code + static_cast<float>(static_cast<std::int32_t>(i));
     float passed = values[0];
     for (std::size_t s = 0; s < kSteps; ++s) {
       const float next = values[s + 1];
@@ -169,44 +180,41 @@ inline void PassedSteps(float cell, std::size_t count, const float (&first)[kSim
 }
 
 template <std::size_t kSteps>
-void CellsOfSteps(const CellGrid& grid, float* __restrict weight, std::uint8_t* __restrict bin) {
-  const float span = grid.span;
-  const float low = grid.level[0];
-  // The first level begins at cell 0: what counts is how many of the others have begun.
+void CodesOfSteps(const ChannelCodes& codes, float* __restrict weight, std::uint8_t* __restrict bin) {
+  // Below the second level lies the first one, and behind the last but one the last: neither has to be passed.
   float first[kSimulatedLevels];
   float number[kSimulatedLevels];
   for (std::size_t s = 0; s < kSimulatedLevels; ++s) {
-    first[s] = s < kSimulatedSteps ? grid.first[s + 1] : 0.0F;
+    first[s] = s + 1 < codes.steps ? codes.level[s + 1] : std::numeric_limits<float>::infinity();
     number[s] = static_cast<float>(static_cast<std::int32_t>(s + 1));
   }
-  for (std::size_t begin = 0; begin <= grid.cells; begin += kBlock) {
-    const std::size_t count = grid.cells + 1 - begin < kBlock ? grid.cells + 1 - begin : kBlock;
-    const float* __restrict const position = grid.position + begin;
-    const auto cell = static_cast<float>(static_cast<std::int32_t>(begin));
+  for (std::size_t begin = 0; begin < kCodes; begin += kBlock) {
+    const std::size_t count = kCodes - begin < kBlock ? kCodes - begin : kBlock;
+    const auto code = static_cast<float>(static_cast<std::int32_t>(begin));
     float below[kBlock];
     float above[kBlock];
     float above_number[kBlock];
-    PassedSteps<kSteps>(cell, count, first, grid.level, below);
-    PassedSteps<kSteps>(cell, count, first, grid.level + 1, above);
-    PassedSteps<kSteps>(cell, count, first, number, above_number);
+    PassedSteps<kSteps>(code, count, first, codes.level, below);
+    PassedSteps<kSteps>(code, count, first, codes.level + 1, above);
+    PassedSteps<kSteps>(code, count, first, number, above_number);
     for (std::size_t i = 0; i < count; ++i) {
-      const float place = position[i] * span + low;
+      const float here = code + static_cast<float>(static_cast<std::int32_t>(i));
       const float gap = above[i] - below[i];
-      const float share = Limited((place - below[i]) / (gap > kSmallestGap ? gap : kSmallestGap), 0.0F, 1.0F);
+      const float share = Limited((here - below[i]) / (gap > kSmallestGap ? gap : kSmallestGap), 0.0F, 1.0F);
       weight[begin + i] = (share >= 0.5F ? 1.0F : 0.0F) - share;
       bin[begin + i] = static_cast<std::uint8_t>(static_cast<std::int32_t>(above_number[i]));
     }
   }
 }
 
-// For every cell, the number of the level above it and how much of a gradient that level gets.
-void CellTables(const CellGrid& grid, float* weight, std::uint8_t* bin) {
-  if (grid.steps <= 3) {
-    CellsOfSteps<2>(grid, weight, bin);
-  } else if (grid.steps <= 7) {
-    CellsOfSteps<6>(grid, weight, bin);
+// For every code, the number of the level above it and how much of a gradient that level gets.
+void CodeTables(const ChannelCodes& codes, float* weight, std::uint8_t* bin) {
+  if (codes.steps <= 3) {
+    CodesOfSteps<2>(codes, weight, bin);
+  } else if (codes.steps <= 7) {
+    CodesOfSteps<6>(codes, weight, bin);
   } else {
-    CellsOfSteps<14>(grid, weight, bin);
+    CodesOfSteps<14>(codes, weight, bin);
   }
 }
 

@@ -175,26 +175,23 @@ FeedbackPlan MakePlan(const PostquantFeedback& from, std::size_t channels, const
 }
 
 void WithFeedback(const Kernels& kernels, const Shape& shape, const PostquantLevels& call,
-                  const SimulatedLevels& levels, SimulatedValues values) {
+                  const CodeGrid& grid, const std::uint8_t* level_codes, const SimulatedLevels& levels,
+                  SimulatedValues values) {
   const std::size_t channels = shape.channels;
   const auto count = static_cast<std::size_t>(call.count);
   const std::size_t elements = channels * kTilePositions;
   const auto rank = static_cast<std::size_t>(call.feedback->rank);
   using Room = Scratch;
   const Workspace workspace(Room::kLine + Room::Bytes<std::size_t>(channels) + Room::Bytes<LevelMap>(channels) +
-                            Room::Bytes<std::uint8_t>(channels * count) +
                             Room::Bytes<std::int32_t>(rank * kTilePositions) +
                             Room::Bytes<std::int16_t>(Even(rank) * kTilePositions) +
                             4 * Room::Bytes<std::int16_t>(elements) + 2 * Room::Bytes<std::uint8_t>(elements));
   Room room(workspace.data());
   auto* const order = room.Take<std::size_t>(channels);
   auto* const maps = room.Take<LevelMap>(channels);
-  const CodeGrid grid(call.levels, channels * count);
-  auto* const codes = room.Take<std::uint8_t>(channels * count);
-  kernels.grid_codes(call.levels, channels * count, grid.step, grid.zero, codes);
   for (std::size_t c = 0; c < channels; ++c) {
     order[c] = static_cast<std::size_t>(call.feedback->order[c]);
-    MapLevels(codes + c * count, count, kernels.looks_levels_up, maps + c);
+    MapLevels(level_codes + c * count, count, kernels.looks_levels_up, maps + c);
   }
   const FeedbackPlan plan = MakePlan(*call.feedback, channels, order, maps);
   Rooms rooms;
@@ -228,25 +225,25 @@ void WithFeedback(const Kernels& kernels, const Shape& shape, const PostquantLev
 void SimulateLevels(const PostquantLevels& call, const float* x, float* y, std::int16_t* places) {
   const Kernels& kernels = SelectedKernels();
   const Shape shape(call);
-  const auto cells = static_cast<std::size_t>(call.cells);
+  const auto count = static_cast<std::size_t>(call.count);
   const std::size_t numbers = shape.channels * kSimulatedLevels;
-  const Workspace workspace(Scratch::kLine + Scratch::Bytes<float>(cells + 1) + 2 * Scratch::Bytes<float>(shape.channels) +
-                            2 * Scratch::Bytes<float>(numbers));
+  const Workspace workspace(Scratch::kLine + Scratch::Bytes<std::uint8_t>(shape.channels * count) +
+                            2 * Scratch::Bytes<float>(shape.channels) + 2 * Scratch::Bytes<float>(numbers));
   Scratch scratch(workspace.data());
+  auto* const codes = scratch.Take<std::uint8_t>(shape.channels * count);
+  const CodeGrid grid(call.levels, shape.channels * count);
+  kernels.grid_codes(call.levels, shape.channels * count, grid.step, grid.zero, codes);
   LevelRoom room{};
-  room.position = scratch.Take<float>(cells + 1);
-  MakePositions(cells, room.position);
-  room.low = scratch.Take<float>(shape.channels);
-  room.per_unit = scratch.Take<float>(shape.channels);
+  room.bottom = scratch.Take<float>(shape.channels);
+  room.top = scratch.Take<float>(shape.channels);
   room.first = scratch.Take<float>(numbers);
   room.level = scratch.Take<float>(numbers);
-  const SimulatedLevels levels = MakeLevels(call.levels, shape.channels, static_cast<std::size_t>(call.count), cells,
-                                            shape.across, room);
+  const SimulatedLevels levels = MakeLevels(grid, codes, shape.channels, count, shape.across, room);
   const SimulatedValues values = {x, call.mask, nullptr, 0.0F, y, places};
   if (call.feedback == nullptr) {
     WithoutFeedback(kernels, shape, levels, values);
   } else {
-    WithFeedback(kernels, shape, call, levels, values);
+    WithFeedback(kernels, shape, call, grid, codes, levels, values);
   }
 }
 

@@ -1,12 +1,13 @@
 // Code books of activations while they are learned: what the simulation does with elements, compiled per instruction
 // set as part of the table of quantize_kernels.h.
 //
-// Between the first and the last level of a channel lies a grid of `cells`. An element x has a place on it,
+// Levels are among 256 codes. An element x has the place of its code,
 //
-//     place = round_half_even(clip((x - low) * per_unit + 1, 0, cells + 2)),
+//     place = round_half_even(clip((x - low) * per_unit + 1, 0, 257)),
 //
-// 0 and cells + 2 for what lies outside, and the level that is nearest to its cell. All of that is single float32
-// operations in this order, so that every instruction set gives the bits of calib/learn/levels.py.
+// but 0 below the first level of its channel and 257 above the last one, and the level that is nearest to its code. All
+// of that is single float32 operations in this order, so that every instruction set gives the bits of
+// calib/learn/levels.py.
 #ifndef POSTQUANT_CSRC_SIMULATE_KERNELS_H_
 #define POSTQUANT_CSRC_SIMULATE_KERNELS_H_
 
@@ -18,6 +19,9 @@ namespace postquant::quantize {
 constexpr std::size_t kSimulatedLevels = 16;
 constexpr float kSmallestGap = 1e-30F;
 constexpr std::size_t kSimulatedSteps = kSimulatedLevels - 1;
+constexpr std::size_t kCodes = 256;
+constexpr std::size_t kPlaces = kCodes + 2;
+constexpr float kLastPlace = kPlaces - 1;
 
 // Of `channels` channels: the s-th number of channel c is that at c * channel_step + s * level_step.
 struct SimulatedLevels {
@@ -25,9 +29,10 @@ struct SimulatedLevels {
   std::size_t channel_step;
   std::size_t level_step;
   std::size_t steps;      // levels but one: 1 to kSimulatedSteps
-  float last;             // place: cells + 2
-  const float* low;       // [channels]
-  const float* per_unit;  // [channels]
+  float low;              // what code 0 stands for
+  float per_unit;         // codes
+  const float* bottom;    // [channels], the first level's place
+  const float* top;       // [channels], the last level's place
   const float* first;     // the first place that gets level s + 1 or a higher one; infinite behind the last step
   const float* level;
 };
@@ -42,14 +47,10 @@ struct SimulatedValues {
   std::int16_t* places;
 };
 
-// Where the cells of one channel's grid lie: for tables of what they mean to the levels beside them.
-struct CellGrid {
-  std::size_t cells;
-  const float* position;           // [cells + 1]: k / cells
-  float span;                      // from the first to the last level
-  std::size_t steps;               // levels but one
-  float level[kSimulatedLevels];
-  float first[kSimulatedLevels];   // cell that lies behind a level; infinite from the last one on
+// The codes of one channel's levels: for tables of what codes mean to the levels beside them.
+struct ChannelCodes {
+  std::size_t steps;              // levels but one
+  float level[kSimulatedLevels];  // codes, the last one repeated
 };
 
 }  // namespace postquant::quantize

@@ -21,8 +21,7 @@ constexpr int kNoMemory = 2;
 
 bool InRange(const PostquantLevels& call) {
   using namespace postquant::quantize;  // NOLINT: limits
-  const bool levels = call.count >= 2 && call.count <= static_cast<std::int64_t>(kSimulatedLevels) && call.cells >= 1 &&
-                      call.cells <= static_cast<std::int64_t>(kMostCells);
+  const bool levels = call.count >= 2 && call.count <= static_cast<std::int64_t>(kSimulatedLevels);
   if (!levels || call.outer < 1 || call.channels < 1 || call.inner < 1) {
     return false;
   }

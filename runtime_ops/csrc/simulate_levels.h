@@ -26,7 +26,6 @@ struct PostquantLevels {
   std::int64_t channels;
   std::int64_t inner;
   std::int64_t count;                 // levels of a channel, 2 to 16
-  std::int64_t cells;                 // between the first and the last one, 1 to 32000
   const float* levels;                // [channels][count], sorted
   const float* mask;                  // as x, 0 or 1; or null
   const PostquantFeedback* feedback;  // or null; only for two channels or more

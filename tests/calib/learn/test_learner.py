@@ -23,7 +23,7 @@ from postquant.calib.learn.executor import constant_values, run_nodes
 from postquant.calib.learn.learner import LearnedBlock, Learner
 from postquant.calib.learn.optimizer import learned_leaves, make_optimizer
 from postquant.calib.learn.parallel_steps import ParallelSteps
-from postquant.calib.learn.recipe import Borders, Recipe, Rounding
+from postquant.calib.learn.recipe import Borders, Recipe, Rounding, judging_samples
 from postquant.calib.learn.sample_split import SampleSplit
 from postquant.calib.learn.visible import Visible
 from postquant.calib.observers import MinMax
@@ -236,7 +236,7 @@ def test_gradients_of_parts_are_those_of_the_batch(case: Case, tmp_path: pathlib
     block = next(block for block in case.blocks if block.layers == ("conv1", "conv2"))
     cache = BlockCache(case.model, case.blocks, case.source, tmp_path, memory=1 << 30)
     with cache.load(block, plan) as samples, ParallelSteps(2) as steps:
-        split = SampleSplit(samples.groups, 0.125, torch.Generator().manual_seed(0))
+        split = SampleSplit(samples.groups, judging_samples(len(samples), 0.125), torch.Generator().manual_seed(0))
         runs = BlockObjective(nodes, block.output, samples, 16, CPU, steps, Visible())
         quantizers.advance(0.0)
         runs.settle(quantizers, split)

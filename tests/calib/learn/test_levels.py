@@ -28,17 +28,12 @@ def test_values_get_the_levels_of_the_law() -> None:
     x = RNG.laplace(size=(3, 7, 50)).astype(np.float32)
     got = LevelsActivation(quantizer, CPU).simulate(torch.from_numpy(x), None).detach().numpy()
     expected = quantizer.simulate(x)
-    differs = ~np.isclose(got, expected, atol=1e-6)
-    # The cells are finer than the codes: only a value beside a middle may go to its other side.
-    levels = quantizer.dequantize(quantizer.table) if quantizer.table is not None else np.zeros(1)
-    beside = np.abs(x[..., None] - (levels[1:] + levels[:-1]) / 2).min(-1) <= float(quantizer.scale)
-    assert not (differs & ~beside).any()
-    assert differs.mean() < 0.05
+    np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_equal_gaps_have_the_gradients_of_a_step() -> None:
-    """Against the simulation of evenly spaced codes: values on no threshold, so that the cells do not matter."""
-    place = (RNG.integers(0, 15, 4000) + RNG.choice([0.2, 0.3, 0.7, 0.8], 4000)).astype(np.float32)
+    """Against the simulation of evenly spaced codes: values on no threshold, and on codes of 8 bits, 17 of a gap."""
+    place = (RNG.integers(0, 15, 4000) + RNG.choice([3, 5, 12, 14], 4000) / 17).astype(np.float32)
     values = np.concatenate([place * np.float32(0.5), np.array([-2.0, -0.1, 7.8, 30.0], np.float32)]).astype(np.float32)
     grad = torch.from_numpy(RNG.standard_normal(len(values)).astype(np.float32))
     x, y = (torch.from_numpy(values.copy()).requires_grad_() for _ in range(2))
@@ -53,21 +48,18 @@ def test_equal_gaps_have_the_gradients_of_a_step() -> None:
     assert scale.grad is not None
     assert levels.grad is not None
     torch.testing.assert_close(y.grad, x.grad)
-    # t is that of the cell's middle: 1020 cells over 15 gaps.
-    np.testing.assert_allclose(
-        float(levels.grad @ torch.arange(16.0)), float(scale.grad), atol=0.02 * len(values) ** 0.5
-    )
+    np.testing.assert_allclose(float(levels.grad @ torch.arange(16.0)), float(scale.grad), rtol=1e-4)
 
 
 def test_gradients_to_single_levels_are_those_of_the_formula() -> None:
-    levels = torch.tensor([0.0, 1.0, 4.0], requires_grad=True)
-    x = torch.tensor([-1.0, 0.3, 3.1, 9.0], requires_grad=True)
+    levels = torch.tensor([0.0, 60.0, 255.0], requires_grad=True)
+    x = torch.tensor([-1.0, 18.0, 177.0, 300.0], requires_grad=True)
     torch.autograd.backward((level_quantize(x, levels[None], None, None) * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum())
-    # -1: the first level. 0.3: t = 0.3 below. 3.1: t = 0.7, above. 9: the last level.
-    expected = [1 + 2 * (1 - 0.7), 2 * (0 - 0.3) + 3 * (0 - 0.3), 3 * (1 - 0.7) + 4]
+    # -1: the first level. 18: t = 0.3, below. 177: t = 0.6, above. 300: the last level.
+    expected = [1 + 2 * (1 - 0.7), 2 * (0 - 0.3) + 3 * (0 - 0.4), 3 * (1 - 0.6) + 4]
     assert levels.grad is not None
     assert x.grad is not None
-    np.testing.assert_allclose(levels.grad.numpy(), expected, atol=0.01)
+    np.testing.assert_allclose(levels.grad.numpy(), expected, rtol=1e-5)
     assert x.grad.tolist() == [0.0, 2.0, 3.0, 0.0]
 
 
@@ -76,7 +68,7 @@ def by_definition(x: torch.Tensor, levels: torch.Tensor, grad: torch.Tensor) -> 
     left = (x[:, None] >= levels).sum(1).sub(1).clamp(0, len(levels) - 2)
     t = (x - levels[left]) / (levels[left + 1] - levels[left])
     upper = (t >= 0.5).float()
-    inside = (t > 0) & (t < 1)
+    inside = (t >= 0) & (t <= 1)
     result = torch.where(upper > 0, levels[left + 1], levels[left])
     to_levels = torch.zeros_like(levels)
     share = torch.where(inside, t, upper)
@@ -92,10 +84,10 @@ def by_definition(x: torch.Tensor, levels: torch.Tensor, grad: torch.Tensor) -> 
 )
 def test_channels_are_each_like_a_tensor(shape: tuple[int, ...], axis: int, *, masked: bool) -> None:
     channels = shape[axis]
-    gaps = torch.from_numpy(RNG.uniform(0.2, 1.0, (channels, 6)).astype(np.float32))
-    levels = torch.cat((torch.zeros(channels, 1), gaps.cumsum(1)), 1) * torch.linspace(0.1, 2, channels)[:, None]
-    levels -= levels[:, 2:3].clone()
-    x = torch.from_numpy(RNG.uniform(-1.0, 4.0, shape).astype(np.float32))
+    codes = np.stack([np.sort(RNG.choice(np.arange(1, 255), 7, replace=False)) for _ in range(channels)])
+    codes[0, 0], codes[1, -1] = 0, 255
+    levels = torch.from_numpy((codes - 60).astype(np.float32))
+    x = torch.from_numpy(RNG.integers(-80, 220, shape).astype(np.float32))
     grad = torch.from_numpy(RNG.standard_normal(shape).astype(np.float32))
     mask = torch.from_numpy(RNG.integers(0, 2, shape).astype(np.float32)) if masked else None
     ours, our_levels = x.clone().requires_grad_(), levels.clone().requires_grad_()
@@ -103,24 +95,14 @@ def test_channels_are_each_like_a_tensor(shape: tuple[int, ...], axis: int, *, m
     torch.autograd.backward(result, grad)
     assert ours.grad is not None
     assert our_levels.grad is not None
-    compared = 0
     for channel in range(channels):
         kept = torch.ones(()) if mask is None else mask.select(axis, channel).reshape(-1)
         values, upstream = (part.select(axis, channel).reshape(-1) for part in (x, grad))
         expected, to_x, to_levels = by_definition(values, levels[channel], upstream * kept)
-        expected, to_x = torch.lerp(values, expected, kept), to_x + upstream * (1 - kept)
-        # A value beside a middle or an end may be on the other side: a channel's span has 255 cells.
-        width = float(levels[channel, -1] - levels[channel, 0]) / 255
-        edges = torch.cat(((levels[channel, 1:] + levels[channel, :-1]) / 2, levels[channel, [0, -1]]))
-        clear = (values[:, None] - edges).abs().amin(1) > width
         got, got_x = (part.detach().select(axis, channel).reshape(-1) for part in (result, ours.grad))
-        torch.testing.assert_close(got[clear], expected[clear])
-        torch.testing.assert_close(got_x[clear], to_x[clear])
-        compared += int(clear.sum())
-        beside = float((upstream * kept)[~clear].abs().sum())
-        rounded = 3 * width / float(levels[channel].diff().min()) * len(values) ** 0.5
-        torch.testing.assert_close(our_levels.grad[channel], to_levels, rtol=0, atol=beside + rounded)
-    assert compared > 0.85 * x.numel()
+        torch.testing.assert_close(got, torch.lerp(values, expected, kept))
+        torch.testing.assert_close(got_x, to_x + upstream * (1 - kept))
+        torch.testing.assert_close(our_levels.grad[channel], to_levels, rtol=1e-4, atol=1e-3)
 
 
 def test_the_order_in_memory_does_not_matter() -> None:

@@ -148,10 +148,11 @@ def test_other_instruction_sets_too(isa: str) -> None:
 @pytest.mark.parametrize("channels", [2, 17, 96])
 @pytest.mark.parametrize("last", [False, True])
 def test_feedback_is_that_of_the_law(channels: int, *, last: bool) -> None:
-    """On levels and values that are codes themselves, and away from the middles between levels."""
+    """To the bit, on values that are codes; levels of a channel end where they like."""
     rng = np.random.default_rng(1)
-    codes = np.sort(rng.choice(np.arange(1, 127), (channels, 6)) * 2, axis=1)
-    codes[:, 0], codes[:, -1] = 0, 255
+    codes = np.sort(rng.choice(255, (channels, 16)), axis=1)
+    codes = (codes * rng.uniform(0.2, 1, (channels, 1))).astype(np.int64)
+    codes[:, 0], codes[0, -1] = 0, 255
     table = codes.astype(np.uint8)
     coefficients = feedback(channels, rng)
     x = rng.integers(0, 256, (2, channels, 7, 5))
@@ -161,26 +162,30 @@ def test_feedback_is_that_of_the_law(channels: int, *, last: bool) -> None:
         values = values.contiguous(memory_format=torch.channels_last)
     got = level_quantize(values, levels, None, -3, FeedbackShift(coefficients, -3, CPU)).numpy()
     assert (expected != feedback_levels(x, nearest_codes(table), silent(coefficients), -3)).mean() > 0.05
-    # Of a span of 255 codes a cell is one code: only the middle itself may go to the level below.
-    assert (got != expected).mean() < 0.02
+    np.testing.assert_array_equal(got, expected)
 
 
 def silent(coefficients: Feedback) -> Feedback:
     return dataclasses.replace(coefficients, left=np.zeros_like(coefficients.left))
 
 
-def test_values_are_those_of_the_nearest_level() -> None:
-    """By NumPy, where a value is farther from every middle than a cell is wide."""
+def test_values_and_levels_are_codes_of_8_bits_and_ties_go_up() -> None:
+    """By NumPy, with a step of 1/4 and code 85 for 0."""
     rng = np.random.default_rng(2)
-    levels = np.sort(rng.uniform(-1, 2, (5, 16)), axis=1).astype(np.float32)
-    x = rng.uniform(-1.5, 2.5, (3, 5, 40)).astype(np.float32)
-    distance = np.abs(x[..., None] - levels[:, None])
-    nearest = np.take_along_axis(np.broadcast_to(levels[:, None], distance.shape), distance.argmin(-1)[..., None], -1)
-    two = np.sort(distance, axis=-1)
-    clear = two[..., 1] - two[..., 0] > 2 * 3.0 / 255
-    got = level_quantize(torch.from_numpy(x), torch.from_numpy(levels), None, -2).numpy()
-    assert clear.mean() > 0.7
-    np.testing.assert_array_equal(got[clear], nearest[..., 0][clear])
+    codes = np.sort(rng.integers(0, 256, (5, 16)), axis=1)
+    codes[0, 0], codes[1, -1] = 0, 255
+    x = rng.integers(-20, 280, (3, 5, 40))
+    distance = np.abs(np.clip(x, 0, 255)[..., None] - codes[:, None])
+    # Of two levels that are equally near, the last one is the upper one.
+    nearest = 15 - distance[..., ::-1].argmin(-1)
+    expected = np.take_along_axis(np.broadcast_to(codes[:, None], distance.shape), nearest[..., None], -1)[..., 0]
+    # Off the codes, but by less than half a step.
+    off = rng.uniform(-0.4, 0.4, x.shape), rng.uniform(-0.4, 0.4, codes.shape)
+    off[1][0, 0] = off[1][1, -1] = 0
+    values = torch.from_numpy(((x + off[0] - 85) / 4).astype(np.float32))
+    levels = torch.from_numpy(((codes + off[1] - 85) / 4).astype(np.float32))
+    got = level_quantize(values, levels, None, -2).numpy()
+    np.testing.assert_array_equal(got, (expected - 85) / 4)
 
 
 def test_other_types_and_sizes_are_left_to_torch() -> None:
@@ -211,13 +216,13 @@ def test_without_the_library_or_its_functions_torch_computes(
 def test_what_does_not_fit_is_refused() -> None:
     x, levels = torch.zeros(2, 3, 4), torch.zeros(3, 2)
     with pytest.raises(ValueError, match="expected a contiguous"):
-        native_levels.simulate(x, levels[:2], None, 255, None)
+        native_levels.simulate(x, levels[:2], None, None)
     with pytest.raises(ValueError, match="expected a contiguous"):
-        native_levels.simulate(x, levels, torch.zeros(2, 3, 5), 255, None)
+        native_levels.simulate(x, levels, torch.zeros(2, 3, 5), None)
     with pytest.raises(ValueError, match="does not take"):
-        native_levels.simulate(x, levels, None, 40000, None)
+        native_levels.simulate(x, torch.zeros(3, 17), None, None)
     coefficients = native_levels.NativeFeedback(feedback(4, np.random.default_rng(0)))
     with pytest.raises(ValueError, match="channels for"):
-        native_levels.simulate(x, levels, None, 255, coefficients)
+        native_levels.simulate(x, levels, None, coefficients)
     with pytest.raises(ValueError, match="expected a contiguous"):
-        native_levels.gradients(x, torch.zeros(2, 3, 4), levels, None, 255, wanted=(True, True))
+        native_levels.gradients(x, torch.zeros(2, 3, 4), levels, None, wanted=(True, True))

@@ -2,11 +2,12 @@
 
 import torch
 
+from postquant.calib.learn.recipe import judging_samples
 from postquant.calib.learn.sample_split import SampleSplit
 
 
 def _split(groups: list[list[int]], seed: int = 0) -> SampleSplit:
-    return SampleSplit(groups, 0.25, torch.Generator().manual_seed(seed))
+    return SampleSplit(groups, judging_samples(sum(map(len, groups)), 0.25), torch.Generator().manual_seed(seed))
 
 
 def test_batches_come_from_one_group_and_never_from_judging_samples() -> None:

@@ -38,7 +38,6 @@ inline void SimulateLevels(std::mt19937& random) {
   call.channels = between(1, 40);
   call.inner = between(0, 2) == 0 ? 1 : between(1, 90);
   call.count = between(2, 16);
-  call.cells = call.channels == 1 ? 1020 : 255;
   const std::int64_t size = call.outer * call.channels * call.inner;
   const auto levels = Numbers<float>(call.channels * call.count, [&] { return number() * (good ? 0.1F : 1.0F); });
   for (std::int64_t c = 0; good && c < call.channels; ++c) {
@@ -78,7 +77,7 @@ inline void SimulateLevels(std::mt19937& random) {
   const auto to_levels = Numbers<float>(call.channels * call.count, [] { return NAN; });
   const bool done = postquant_simulate_levels(&call, x.get(), y.get(), places.get()) == 0 &&
                     postquant_simulate_levels_back(&call, x.get(), places.get(), y.get(), to_levels.get()) == 0;
-  const auto valid = [&](std::int16_t place) { return place >= 0 && place <= call.cells + 2; };
+  const auto valid = [&](std::int16_t place) { return place >= 0 && place <= 257; };
   if (!done || !std::all_of(places.get(), places.get() + size, valid)) {
     std::fprintf(stderr, "a simulation failed\n");
     std::abort();

@@ -146,7 +146,7 @@ class LearningRun:
         job = self._job
         copies = copies_for(job.source, self._worth) if job.config.augment else 0
         if copies:
-            self.notes.append(f"blocks were learned from {copies} mirrored and shifted copies of every image, too")
+            self.notes.append("blocks were learned from a mirrored and shifted copy of every image, too")
         judging = judging_samples(len(job.source), self.recipe.validation)
         return CopiedSource(job.source, judging, copies, job.config.seed)
 

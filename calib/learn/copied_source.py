@@ -15,9 +15,8 @@ from postquant.calib.input_spec import Sample
 from postquant.calib.learn.augment import Augmentation, image_axes, large_enough
 from postquant.calib.source import CalibrationSource
 
-# More samples than this need no copies, and no image gets more copies than that (docs/learning.md, "Copies").
-_ENOUGH = 512
-_MOST_COPIES = 3
+# So many samples have a copy each; more need none, and three of each gain no more (docs/learning.md, "Copies").
+_FEW = 256
 
 
 def copies_for(source: CalibrationSource, worth: float) -> int:
@@ -31,7 +30,7 @@ def copies_for(source: CalibrationSource, worth: float) -> int:
     axes = image_axes(source.inputs[0]) if len(source.inputs) == 1 else None
     if axes is None or not large_enough(next(source.read([0]))[source.inputs[0].name].shape, axes):
         return 0
-    return min(max(int(_ENOUGH / (len(source) * worth)) - 1, 0), _MOST_COPIES)
+    return int(len(source) * worth <= _FEW)
 
 
 class CopiedSource(CalibrationSource):

@@ -10,9 +10,11 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from postquant.calib.learn import network_learner
+from postquant.calib.learn import block_cache, network_learner
+from postquant.calib.learn.block_cache import BlockCache
 from postquant.calib.learn.learner import LearnedBlock
 from postquant.calib.learn.recipe import Recipe, recipe_for
+from postquant.calib.source import CalibrationSource
 from postquant.calib.trial import Outcome, Trial
 from postquant.passes.place import PlacementSettings, place
 from postquant.passes.plan import QuantPlan
@@ -35,6 +37,17 @@ CHAIN = """
       [second] b = MatMul (a, w1)
       [third] c = MatMul (b, w2)
       [fourth] y = MatMul (c, w3)
+    }
+"""
+
+
+IMAGES = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    images (float[1, 3, 16, 16] x) => (float[1, 4, 4, 4] y)
+    <float[4, 3, 3, 3] w0, float[4, 4, 3, 3] w1> {
+      a = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (x, w0)
+      b = Relu (a)
+      y = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (b, w1)
     }
 """
 
@@ -101,6 +114,33 @@ def test_errors_of_blocks_are_weighed_unless_nobody_wants_it(tmp_path: pathlib.P
     told = f"errors of {count - 1} of {count - 1} blocks are weighed by what they do to the network's outputs"
     assert notes == [[], [told]]
     assert plans[0] != plans[1]
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("augment", [True, False])
+def test_blocks_are_learned_from_copies_of_images_that_do_not_judge(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, *, augment: bool
+) -> None:
+    sources = []
+
+    class Watched(BlockCache):
+        def __init__(self, model: ir.Model, blocks: Any, source: CalibrationSource, *more: Any, **options: Any) -> None:
+            sources.append(source)
+            super().__init__(model, blocks, source, *more, **options)
+
+    monkeypatch.setattr(block_cache, "BlockCache", Watched)
+    rng = np.random.default_rng(0)
+    proto = onnx.parser.parse_model(IMAGES)
+    for name, shape in (("w0", (4, 3, 3, 3)), ("w1", (4, 4, 3, 3))):
+        weight = rng.standard_normal(shape).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, name))
+    feeds = [{"x": rng.standard_normal((1, 3, 16, 16)).astype(np.float32)} for _ in range(24)]
+    config = QuantConfig(wbits=4, method=Method.MSE, learn=True, augment=augment, verify_samples=4, bundle=False)
+    report = quantize(proto, feeds, config, out=tmp_path / "out").report
+    (source,) = sources
+    # Every eighth judges.
+    assert len(source) == (24 + 21 if augment else 24)
+    assert any("copy of every image" in note for note in report.notes) == augment
 
 
 @pytest.mark.usefixtures("few_steps")

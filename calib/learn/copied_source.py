@@ -26,6 +26,9 @@ def copies_for(source: CalibrationSource, worth: float) -> int:
         source: Calibration data; copies are made of images only.
         worth: As how many samples one counts, at least 1: an image that shows every layer many positions says as much
             as several small ones.
+
+    Returns:
+        0 or 1.
     """
     axes = image_axes(source.inputs[0]) if len(source.inputs) == 1 else None
     if axes is None or not large_enough(next(source.read([0]))[source.inputs[0].name].shape, axes):

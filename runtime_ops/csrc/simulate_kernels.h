@@ -30,7 +30,7 @@ struct SimulatedLevels {
   std::size_t level_step;
   std::size_t steps;      // levels but one: 1 to kSimulatedSteps
   float low;              // what code 0 stands for
-  float per_unit;         // codes
+  float per_unit;         // codes per unit of x
   const float* bottom;    // [channels], the first level's place
   const float* top;       // [channels], the last level's place
   const float* first;     // the first place that gets level s + 1 or a higher one; infinite behind the last step

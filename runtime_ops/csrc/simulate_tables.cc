@@ -6,6 +6,12 @@
 #include <limits>
 
 namespace postquant::quantize {
+namespace {
+
+// The first code that gets the upper one of two levels, which gets what is equally near.
+std::size_t FirstAbove(std::uint8_t lower, std::uint8_t upper) { return (std::size_t{lower} + upper + 1) / 2; }
+
+}  // namespace
 
 ChannelCodes CodesOf(const std::uint8_t* codes, std::size_t count) {
   ChannelCodes found{};
@@ -33,8 +39,7 @@ SimulatedLevels MakeLevels(const CodeGrid& grid, const std::uint8_t* codes, std:
     for (std::size_t s = 0; s < kSimulatedLevels; ++s) {
       const std::size_t to = c * made.channel_step + s * made.level_step;
       room.level[to] = (static_cast<float>(own[std::min(s, count - 1)]) - grid.zero) * grid.step;
-      // The upper one of two levels that are equally near.
-      room.first[to] = s < made.steps ? static_cast<float>((std::uint32_t{own[s]} + own[s + 1] + 1) / 2 + 1)
+      room.first[to] = s < made.steps ? static_cast<float>(FirstAbove(own[s], own[s + 1]) + 1)
                                       : std::numeric_limits<float>::infinity();
     }
   }
@@ -66,8 +71,7 @@ void MapLevels(const std::uint8_t* levels, std::size_t count, bool all, LevelMap
   for (std::size_t s = 1; s < count; ++s) {
     const std::uint8_t next = levels[s];
     if (next > code) {
-      // The upper one of two that are equally near.
-      const std::size_t first = (std::size_t{code} + next + 1) / 2;
+      const std::size_t first = FirstAbove(code, next);
       if (all) {
         std::memset(map->level + filled, code, first - filled);
         filled = first;

@@ -18,7 +18,7 @@ struct CodeGrid {
   float per_unit;  // 1 / step
 };
 
-// [channels * count] codes of the levels on that grid: ChannelCodes of one channel's.
+// codes: [count], those of one channel's levels on that grid.
 ChannelCodes CodesOf(const std::uint8_t* codes, std::size_t count);
 
 // Memory for SimulatedLevels of some channels, whose numbers follow each other channel by channel, or level by level
@@ -29,6 +29,7 @@ struct LevelRoom {
   float* first;
   float* level;
 };
+// codes: [channels * count]
 SimulatedLevels MakeLevels(const CodeGrid& grid, const std::uint8_t* codes, std::size_t channels, std::size_t count,
                            bool across, const LevelRoom& room);
 

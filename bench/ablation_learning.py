@@ -172,7 +172,7 @@ class Study:
         seed: int,
     ) -> QuantPlan:
         """A plan with the whole network learned behind its blocks."""
-        recipe = network_recipe(Effort.MAX, forward_work(model, source))
+        recipe = network_recipe(Effort.MAX, forward_work(model, source), plan.narrowest_bits)
         assert recipe is not None
         recipe = dataclasses.replace(recipe, iterations=self.options.network_iterations)
         return learn_network(

@@ -65,6 +65,14 @@ class QuantPlan:
     notes: tuple[str, ...] = ()
     rounded_inputs: tuple[str, ...] = ()
 
+    @property
+    def narrowest_bits(self) -> int:
+        """Of its weights and activations; 8 where nothing has fewer."""
+        tables = (self.activations, self.requants, self.weights)
+        entries = [entry for table in tables for entry in table.values()]
+        specs = [entry.spec if isinstance(entry, TensorQuantizer) else entry for entry in entries]
+        return min([8, *(spec.bits for spec in specs)])
+
     def with_activation(self, name: str, entry: Entry) -> QuantPlan:
         """The plan with one stored activation decided."""
         return dataclasses.replace(self, activations={**self.activations, name: entry})

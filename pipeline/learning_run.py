@@ -56,16 +56,13 @@ class LearningRun:
         self._folder = folder
         self._threads = threads
         self.notes: list[str] = []
-        work = forward_work(model, job.source)
-        self._positions = work.layers
-        self._worth = sample_worth(work.positions)
+        self._work = forward_work(model, job.source)
         self.recipe = dataclasses.replace(
-            recipe_for(job.config.effort, work),
+            recipe_for(job.config.effort, self._work),
             borders=_BORDERS[job.config.border],
             adaptive=int(ADAPTIVE_FEATURES) if job.config.adaptive_step else 0,
         )
         self._blocks = blocks
-        self._whole = network_recipe(job.config.effort, work)
 
     def learn(
         self, plan: QuantPlan, error: float, measure: Callable[[QuantPlan], float]
@@ -80,13 +77,14 @@ class LearningRun:
         Returns:
             The learned plan, and what happened to every block.
         """
-        whole = 0 if self._whole is None else self._whole.iterations
-        self._job.progress.stage("learn", len(self._blocks) * self.recipe.iterations + whole)
+        whole = network_recipe(self._job.config.effort, self._work, plan.narrowest_bits)
+        last = 0 if whole is None else whole.iterations
+        self._job.progress.stage("learn", len(self._blocks) * self.recipe.iterations + last)
         depth = LearnedDepth(plan, error, measure)
         self._learn_blocks(depth)
-        if self._whole is None:
+        if whole is None:
             return depth.plan, depth.blocks
-        plan, network = self._learn_network(depth.plan, self._whole)
+        plan, network = self._learn_network(depth.plan, whole)
         if network.kept and not measure(plan) < depth.error:
             # What lies between the blocks counts in its loss, too.
             plan, network = depth.plan, dataclasses.replace(network, kept=False, reason=NO_GAIN)
@@ -128,7 +126,7 @@ class LearningRun:
             self.recipe,
             seed=job.config.seed,
             device=torch.device(job.config.device.value),
-            positions=self._positions,
+            positions=self._work.layers,
             threads=self._threads,
             metrics=metrics,
             judging=source.judging,
@@ -144,7 +142,7 @@ class LearningRun:
         from postquant.calib.learn.copied_source import CopiedSource, copies_for
 
         job = self._job
-        copies = copies_for(job.source, self._worth) if job.config.augment else 0
+        copies = copies_for(job.source, sample_worth(self._work.positions)) if job.config.augment else 0
         if copies:
             self.notes.append("blocks were learned from a mirrored and shifted copy of every image, too")
         judging = judging_samples(len(job.source), self.recipe.validation)

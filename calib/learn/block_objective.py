@@ -90,8 +90,12 @@ class BlockObjective(Objective):
         part, masks = item
         reader = quantizers.reader(masks=masks, constants=constants)
         result = self._run(self._mixed(part, masks), reader)
-        error = self._visible.error(result, self.take(self._samples.target, part))
-        return self._counted(error) / (error.numel() * self.variance) + reader.penalty(), len(part)
+        target = self.take(self._samples.target, part)
+        if self._metric is None:
+            counted = self._visible.squares(result, target)
+        else:
+            counted = self._metric.energy(self._visible.error(result, target))
+        return counted / (result.numel() * self.variance) + reader.penalty(), len(part)
 
     def judged_sums(self, part: Sequence[int], reader: Reader) -> tuple[float, float, int]:
         """Of squared errors, by what they count and as they are, and the number of elements."""
@@ -100,9 +104,6 @@ class BlockObjective(Objective):
         plain = float(error.square().double().sum())
         counted = plain if self._metric is None else float(self._metric.energy(error))
         return counted / self.variance, plain / self.variance, result.numel()
-
-    def _counted(self, error: Tensor) -> Tensor:
-        return error.square().sum() if self._metric is None else self._metric.energy(error)
 
     def _run(self, inputs: Mapping[str, Tensor], reader: Reader) -> Tensor:
         return self.run(inputs, reader, (self._output,))[self._output]

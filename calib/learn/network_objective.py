@@ -129,7 +129,7 @@ class NetworkObjective(Objective):
     def _errors(self, got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Relative error of every value, () float32."""
         return {
-            name: visible.error(got[name], exact[name]).square().mean() / self._variances[name]
+            name: visible.squares(got[name], exact[name]) / (got[name].numel() * self._variances[name])
             for name, visible in self._visible.items()
         }
 

@@ -134,6 +134,11 @@ _LEAST_BATCH = 8
 _LEAST_BLOCK_BATCH = 4
 # Fewer steps of the whole network than this change nothing.
 _LEAST_STEPS = 50
+# From so many bits on little error is left to learn away, and what weights change at full rates is more than that
+# (docs/learning.md, "Rates of the whole network"): the share of the rates, and of the steps.
+_FINE_BITS = 4
+_FINE_RATES = 1 / 4
+_FINE_STEPS = 1 / 2
 # QDrop, and the bits below which no values are float while a block learns.
 _KEEP = 0.5
 _KEEP_BITS = 4
@@ -203,12 +208,13 @@ def sample_worth(positions: int) -> float:
     return max(positions / _POSITIONS, 1.0)
 
 
-def network_recipe(effort: Effort, work: ForwardWork) -> Recipe | None:
+def network_recipe(effort: Effort, work: ForwardWork, bits: int) -> Recipe | None:
     """How the whole network is learned in the end; None where the effort does not allow enough steps.
 
     Args:
         effort: The user's choice.
         work: What one sample costs, and how many positions it shows every layer.
+        bits: Of the narrowest weight or activation.
     """
     batch = int(min(max(_BATCH_WORK / max(work.products, 1.0), least_batch(work.positions)), _MOST_BATCH))
     # Smaller batches have noisier gradients, and Adam makes steps of the same size of them. A sample that shows every
@@ -218,8 +224,11 @@ def network_recipe(effort: Effort, work: ForwardWork) -> Recipe | None:
     steps = int(_NETWORK_WORK[effort] / (max(work.products, 1.0) * batch))
     if steps < _LEAST_STEPS:
         return None
+    steps = min(steps, _NETWORK_ITERATIONS[effort])
+    if bits >= _FINE_BITS:
+        rate, steps = rate * _FINE_RATES, max(round(steps * _FINE_STEPS), _LEAST_STEPS)
     return Recipe(
-        min(steps, _NETWORK_ITERATIONS[effort]),
+        steps,
         batch=batch,
         damping=0.0,
         rounding_rate=1.5e-2 * rate,

@@ -16,14 +16,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import onnx_ir as ir
 import torch
 
+from postquant.calib.learn.pieces import pieces
 from postquant.calib.learn.read_keys import integer_nodes, stored_key
 from postquant.passes.plan import QuantPlan
 
 Tensor = torch.Tensor
+# The smallest difference of two float32 of usual size, times this, is larger than any error.
+_BEYOND = 1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +53,76 @@ class Visible:
         return x.clamp(self.low, self.high) if self.limited else x
 
     def error(self, got: Tensor, wanted: Tensor) -> Tensor:
-        """e of the module docstring, of any shape.
+        """e of the module docstring, of any shape, differentiable.
 
         >>> Visible(-1.0, 2.0).error(torch.tensor([5.0, 1.5, 5.0]), torch.tensor([3.0, 3.0, 1.0])).tolist()
         [0.0, -0.5, 4.0]
         """
-        if not self.limited:
-            return got - wanted
-        seen = self.clip(wanted)
-        error = got - seen
-        error = torch.where(wanted >= self.high, error.clamp(max=0), error)
-        return torch.where(wanted <= self.low, error.clamp(min=0), error)
+        found: Tensor = _error(got, wanted, self)
+        return found
+
+    def squares(self, got: Tensor, wanted: Tensor) -> Tensor:
+        """Sum of e squared, (), differentiable."""
+        found: Tensor = _squares(got, wanted, self)
+        return found
+
+
+def _errors(got: Tensor, wanted: Tensor, visible: Visible) -> Tensor:
+    """e of the module docstring.
+
+    Comparisons and choices, and what torch makes of their gradients, take longer than a block's convolutions: this is
+    arithmetic, on pieces that stay in the cache.
+    """
+    error = torch.empty_like(got)
+    for y, target, e in pieces(got, wanted, error):
+        torch.sub(y, visible.clip(target), out=e)
+        # At most 0 where target >= high, and at most more than any elsewhere.
+        if math.isfinite(visible.high):
+            torch.minimum(e, (visible.high - target).mul_(_BEYOND).clamp_(min=0), out=e)
+        if math.isfinite(visible.low):
+            torch.maximum(e, (visible.low - target).mul_(_BEYOND).clamp_(max=0), out=e)
+    return error
+
+
+class _Error(torch.autograd.Function):
+    """e."""
+
+    @staticmethod
+    def forward(ctx: Any, got: Tensor, wanted: Tensor, visible: Visible) -> Tensor:
+        """The module docstring's."""
+        error = _errors(got, wanted, visible)
+        ctx.save_for_backward(error)
+        return error
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """To ``got``: that of e, where there is an error."""
+        (error,) = ctx.saved_tensors
+        result = torch.empty_like(error)
+        for e, g, to_e in pieces(error, grads[0], result):
+            torch.mul(e.sign().square_(), g, out=to_e)
+        return result, None, None
+
+
+class _Squares(torch.autograd.Function):
+    """Sum of e squared."""
+
+    @staticmethod
+    def forward(ctx: Any, got: Tensor, wanted: Tensor, visible: Visible) -> Tensor:
+        """The sum of pieces' sums."""
+        error = _errors(got, wanted, visible)
+        ctx.save_for_backward(error)
+        return torch.stack([e.square().sum() for (e,) in pieces(error)]).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """To ``got``: what is not seen has no error and no gradient."""
+        (error,) = ctx.saved_tensors
+        return error * (2 * grads[0]), None, None
+
+
+_error: Callable[..., Tensor] = _Error.apply
+_squares: Callable[..., Tensor] = _Squares.apply
 
 
 def visible_part(model: ir.Model, plan: QuantPlan, name: str) -> Visible:

@@ -57,19 +57,29 @@ def test_more_effort_never_means_less() -> None:
 
 
 def test_the_whole_network_is_learned_where_the_effort_allows_enough_steps() -> None:
-    small, middle = (network_recipe(Effort.FAST, work) for work in (RESNET_20, MOBILENET_V2))
+    small, middle = (network_recipe(Effort.FAST, work, 2) for work in (RESNET_20, MOBILENET_V2))
     assert small is not None
     assert middle is not None
     assert (small.iterations, middle.iterations) == (1000, 500)
-    assert network_recipe(Effort.FAST, RESNET_50) is None
-    assert network_recipe(Effort.NORMAL, RESNET_50) is not None
+    assert network_recipe(Effort.FAST, RESNET_50, 2) is None
+    assert network_recipe(Effort.NORMAL, RESNET_50, 2) is not None
 
 
 @pytest.mark.parametrize(("positions", "share"), [(1, 8 / 32), (392, 1 / 32), (392 * 8, 8 / 32), (32400, 1.0)])
 def test_noisy_gradients_mean_low_rates(positions: int, share: float) -> None:
-    found = network_recipe(Effort.MAX, ForwardWork(4.1e9, positions))
-    small = network_recipe(Effort.MAX, RESNET_20)
+    found = network_recipe(Effort.MAX, ForwardWork(4.1e9, positions), 2)
+    small = network_recipe(Effort.MAX, RESNET_20, 2)
     assert found is not None
     assert small is not None
     for name in ("rounding_rate", "bias_rate", "weight_scale_rate", "step_rate"):
         assert getattr(found, name) == pytest.approx(share * getattr(small, name))
+
+
+@pytest.mark.parametrize(("bits", "rates", "steps"), [(3, 1.0, 1000), (4, 0.25, 500), (8, 0.25, 500)])
+def test_few_errors_mean_low_rates_and_few_steps_of_the_whole_network(bits: int, rates: float, steps: int) -> None:
+    found, coarse = (network_recipe(Effort.FAST, RESNET_20, width) for width in (bits, 2))
+    assert found is not None
+    assert coarse is not None
+    assert found.iterations == steps
+    for name in ("rounding_rate", "bias_rate", "weight_scale_rate", "step_rate"):
+        assert getattr(found, name) == pytest.approx(rates * getattr(coarse, name))

@@ -95,6 +95,28 @@ def test_errors_by_their_law(pairs: list[tuple[float, float]], low: float, high:
             expected = y - target
         assert error == pytest.approx(expected, abs=1e-5)
     assert Visible().error(got, wanted).tolist() == (got - wanted).tolist()
+    assert Visible(low, high).squares(got, wanted).item() == pytest.approx((found.double() ** 2).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.5), (-math.inf, 1.0), (-0.5, math.inf), (-math.inf, math.inf)])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_gradients_are_those_of_the_three_cases(low: float, high: float, order: torch.memory_format) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # More than a piece, and in orders that differ.
+    wanted = torch.randn(3, 8, 64, 64, generator=generator)
+    got = (wanted + torch.randn(3, 8, 64, 64, generator=generator)).contiguous(memory_format=order).requires_grad_()
+    weights = torch.randn(3, 8, 64, 64, generator=generator)
+    error = got - wanted.clamp(low, high)
+    error = torch.where(wanted >= high, error.clamp(max=0), error)
+    error = torch.where(wanted <= low, error.clamp(min=0), error)
+    found = Visible(low, high).error(got, wanted)
+    assert torch.equal(found, error)
+    for mine, law in (
+        ((found * weights).sum(), (error * weights).sum()),
+        (Visible(low, high).squares(got, wanted), error.square().sum()),
+    ):
+        assert mine.item() == pytest.approx(law.item(), rel=1e-4)
+        torch.testing.assert_close(*(torch.autograd.grad(v, got, retain_graph=True)[0] for v in (mine, law)))
 
 
 def test_what_nobody_sees_has_no_gradient() -> None:

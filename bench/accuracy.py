@@ -67,7 +67,11 @@ def lines(options: argparse.Namespace, folder: pathlib.Path) -> Iterator[dict[st
         metrics = evaluate(case, case.path, limit=options.limit, threads=options.threads, reference=reference)
         kilobytes = case.path.stat().st_size / 1000
         yield {"setting": "float", "quantizer": "-", **metrics, "model": case.name, "kb": kilobytes}
-        for setting in chosen_settings(case, options):
+        settings = chosen_settings(case, options)
+        if not settings:
+            known = ", ".join(setting.name for setting in (*case.settings, *case.named_settings))
+            print(f"{case.name} has none of these settings; it has {known}", file=sys.stderr)
+        for setting in settings:
             ours = options.ablation or setting in case.named_settings
             for quantizer in ("postquant",) if ours else options.quantizers:
                 yield measure(case, setting, quantizer, folder, options)

@@ -41,7 +41,6 @@ from postquant.pipeline.inputs import open_calibration
 from postquant.pipeline.learning import learning_blocks
 from postquant.pipeline.load import load_model
 from postquant.pipeline.prepare import prepare
-from postquant.runtime_ops.quantizer import TensorQuantizer
 
 _SAMPLES = 64
 _CONVOLUTION = ("convolution", "conv2d", "addmm", "aten::mm", "aten::bmm")
@@ -138,10 +137,8 @@ def _with_feedback(model: ir.Model, plan: QuantPlan, source: SubsetSource) -> Qu
     for site in sites:
         moments = found[site.value]
         feedback = feedback_of(moments.hessian, moments.noise, float(site.quantizer.scale))
-        for key in site.keys:
-            entry = plan.requants[key]
-            assert isinstance(entry, TensorQuantizer)
-            plan = plan.with_requant(key, dataclasses.replace(entry, feedback=feedback))
+        if feedback is not None:
+            plan = site.with_feedback(plan, feedback)
     return plan
 
 

@@ -38,7 +38,6 @@ from postquant.passes.qdq import Builder
 from postquant.passes.storage import reads_original
 from postquant.passes.target import WeightStorage
 from postquant.runtime_ops.errors import ModelError
-from postquant.runtime_ops.law_feedback import Feedback
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 # ONNX INT4 exists from here on.
@@ -209,7 +208,7 @@ class _Emission:
                 del self.graph.initializers[name]
 
     def _requantize(self) -> None:
-        made: dict[tuple[ir.Value, object], ir.Value] = {}
+        made: dict[tuple[ir.Value, object], tuple[ir.Value, ...]] = {}
         for key, entry in sorted(self.plan.requants.items()):  # a plan from the disk has them in this order
             if not isinstance(entry, TensorQuantizer):
                 continue
@@ -225,12 +224,12 @@ class _Emission:
                 node.replace_input_with(int(index), result)
                 continue
             # Nodes that requantize a tensor alike share the result.
-            levels = None if entry.table is None else (entry.table.tobytes(), entry.table_axis, _bytes(entry.feedback))
+            levels = None if entry.table is None else _bytes(entry)
             same = (source, (entry.spec, float(entry.scale), int(entry.zero_point), levels))
             if same not in made and levels is not None:
                 made[same] = lookup_dequantize(self.graph, self.build, source, entry, f"{node_name}_input{index}")
             elif same not in made:
-                made[same] = self.build.quantize_dequantize(
+                written = self.build.quantize_dequantize(
                     source,
                     entry,
                     f"{node_name}_input{index}",
@@ -239,7 +238,8 @@ class _Emission:
                     saturate=True,
                     packed=self.packed,
                 )
-            node.replace_input_with(int(index), made[same])
+                made[same] = (written,)
+            node.replace_input_with(int(index), made[same][entry.copy])
         for source in dict.fromkeys(source for source, _ in made):
             # A lookup reads the codes themselves.
             if not source.uses() and not source.is_graph_output() and source.producer() is not None:
@@ -282,8 +282,16 @@ class _Emission:
         bias.const_value = ir.Tensor(values, name=bias.name)
 
 
-def _bytes(feedback: Feedback | None) -> tuple[bytes, ...]:
-    return () if feedback is None else tuple(array.tobytes() for array in feedback.arrays().values())
+def _bytes(quantizer: TensorQuantizer) -> tuple[object, ...]:
+    """What tells a code book from others."""
+    assert quantizer.table is not None
+    feedback = () if quantizer.feedback is None else quantizer.feedback.arrays().values()
+    return (
+        quantizer.table.tobytes(),
+        quantizer.table_axis,
+        quantizer.copies,
+        *(array.tobytes() for array in feedback),
+    )
 
 
 def _producer(value: ir.Value) -> ir.Node:

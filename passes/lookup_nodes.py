@@ -4,7 +4,11 @@ A requantization whose quantizer has a code book becomes
 
     codes of the stored tensor -> LutRequantize (ai.postquant) -> DequantizeLinear -> the reader
 
-(FeedbackRequantize where channels make up for each other's errors)
+(FeedbackRequantize where channels make up for each other's errors), and where readers of a tensor make up for each
+other's errors, too,
+
+    codes -> Concat with themselves -> FeedbackRequantize -> Split -> a DequantizeLinear for every reader
+
 so that whatever makes the stored codes keeps its integer kernel, and so does the reader. Names are those of an ordinary
 requantization; the table is named after it. For receivers that know nothing of ``ai.postquant`` the operator becomes a
 chain of standard ones (:mod:`postquant.passes.lookup_chain`).
@@ -40,16 +44,22 @@ class Lookup:
     Attributes:
         codes: The codes that it reads.
         constants: What it reads besides codes, shapes and types; :func:`lookup_differs` compares it.
-        nodes: All its nodes, the one that makes the levels last.
+        nodes: All its nodes, the one that makes the levels last, but for a Split behind it.
+        copies: How many copies of the codes it reads together.
+        split: The nodes around it that make copies and take them apart again; none where there is one.
     """
 
     codes: ir.Value
     constants: tuple[ir.Value, ...]
     nodes: tuple[ir.Node, ...]
+    copies: int = 1
+    split: tuple[ir.Node, ...] = ()
 
 
 def lookup_of(node: ir.Node | None) -> Lookup | None:
     """The lookup whose last node this is, or None."""
+    if node is not None and node.op_type == "Split" and not node.domain and node.inputs[0] is not None:
+        return _split_lookup(node, node.inputs[0].producer())
     found: Lookup | None = None
     if _is_operator(node) and node is not None:
         codes, *constants = node.inputs
@@ -61,9 +71,23 @@ def lookup_of(node: ir.Node | None) -> Lookup | None:
     return found if found is not None and maker_of(found.codes) is not None else None
 
 
+def _split_lookup(split: ir.Node, made_by: ir.Node | None) -> Lookup | None:
+    """The lookup of copies that a Split takes apart, or None."""
+    inner = None if made_by is split else lookup_of(made_by)
+    concat = None if inner is None else inner.codes.producer()
+    if inner is None or inner.split or concat is None or concat.op_type != "Concat" or concat.inputs[0] is None:
+        return None
+    copies = len(concat.inputs)
+    if copies != len(split.outputs):
+        return None
+    return dataclasses.replace(inner, codes=concat.inputs[0], copies=copies, split=(concat, split))
+
+
 def maker_of(codes: ir.Value) -> ir.Node | None:
-    """The QuantizeLinear that makes codes, perhaps with Clips in between, or None."""
+    """The QuantizeLinear that makes codes, perhaps with copies and Clips in between, or None."""
     producer = codes.producer()
+    if producer is not None and producer.op_type == "Concat" and not producer.domain and len(set(producer.inputs)) == 1:
+        producer = None if producer.inputs[0] is None else producer.inputs[0].producer()
     while producer is not None and producer.op_type == "Clip" and not producer.domain:
         inner = producer.inputs[0]
         producer = None if inner is None else inner.producer()
@@ -78,25 +102,30 @@ def is_lookup(node: ir.Node | None) -> bool:
 
 def lookup_nodes(graph: ir.Graph) -> set[ir.Node]:
     """All nodes of all lookups."""
-    return {part for node in graph if (found := lookup_of(node)) is not None for part in found.nodes}
+    return {part for node in graph if (found := lookup_of(node)) is not None for part in (*found.nodes, *found.split)}
 
 
-def lookup_differs(lookup: Lookup, quantizer: TensorQuantizer, stored: Affine) -> bool:
+def lookup_differs(lookup: Lookup, codes: ir.Value, quantizer: TensorQuantizer, stored: Affine) -> bool:
     """Whether a lookup computes anything else than a quantizer says.
 
     Args:
         lookup: One of a graph.
-        quantizer: It has a code book of unsigned codes.
+        codes: The levels that it makes, for one of its readers.
+        quantizer: That reader's; it has a code book of unsigned codes.
         stored: The numbers of the codes of 8 bits that it reads, one scale.
     """
     node = lookup.nodes[-1]
+    if lookup.copies != quantizer.copies or any(_axis(part) != quantizer.table_axis for part in lookup.split):
+        return True
+    if lookup.split and (codes.producer() is not lookup.split[-1] or codes.index() != quantizer.copy):
+        return True
     expected: Mapping[str, npt.NDArray[np.generic]]
     if _is_operator(node):
         if node.op_type != _operator(quantizer):
             return True
         expected = _inputs(quantizer, stored)
-        attribute = node.attributes.get("axis")
-        if attribute is None or (quantizer.table_axis is not None and attribute.as_int() != quantizer.table_axis):
+        axis = _axis(node)
+        if axis is None or (quantizer.table_axis is not None and axis != quantizer.table_axis):
             return True
     else:
         expected = chain_constants(quantizer, stored)
@@ -107,18 +136,18 @@ def lookup_differs(lookup: Lookup, quantizer: TensorQuantizer, stored: Affine) -
 
 def lookup_dequantize(
     graph: ir.Graph, build: Builder, source: ir.Value, quantizer: TensorQuantizer, name: str
-) -> ir.Value:
+) -> tuple[ir.Value, ...]:
     """Appends the nodes of the module docstring behind the stored tensor's codes.
 
     Args:
         graph: Changed in place.
         build: Makes names and initializers of that graph.
         source: The stored tensor, dequantized from codes of 8 bits.
-        quantizer: It has a code book of unsigned codes.
+        quantizer: It has a code book of unsigned codes; which copy it reads plays no part.
         name: Prefix of names.
 
     Returns:
-        The dequantized value.
+        The dequantized value of every copy.
 
     Raises:
         ModelError: If the tensor is not stored in unsigned codes of 8 bits.
@@ -134,18 +163,32 @@ def lookup_dequantize(
         )
     arrays = _inputs(quantizer, _numbers(dequantize))
     own = [build.initializer(f"{name}_{part}", arrays[part]) for part in list(arrays)[2:]]
-    levels = ir.Value(name=build.unique(f"{name}_quantized"), type=ir.TensorType(ir.DataType.UINT8), shape=source.shape)
-    result = ir.Value(
-        name=build.unique(f"{name}_dequantized"), type=ir.TensorType(ir.DataType.FLOAT), shape=source.shape
-    )
-    inputs = [codes, *dequantize.inputs[1:3], *own]
     axis = ir.AttrInt64("axis", -1 if quantizer.table_axis is None else quantizer.table_axis)
-    nodes = [
-        ir.Node(DOMAIN, _operator(quantizer), inputs, [axis], outputs=[levels], name=levels.name),
-        ir.Node("", "DequantizeLinear", [levels, *own[:2]], outputs=[result], name=result.name),
-    ]
+
+    def value(part: str, dtype: ir.DataType, shape: ir.Shape | None) -> ir.Value:
+        return ir.Value(name=build.unique(f"{name}_{part}"), type=ir.TensorType(dtype), shape=shape)
+
+    copies = quantizer.copies
+    nodes: list[ir.Node] = []
+    levels = [value("quantized", ir.DataType.UINT8, source.shape)]
+    if copies == 1:
+        read, made = codes, levels[0]
+    else:
+        # Readers, and their names, are those of the levels behind the Split.
+        levels += [value("quantized", ir.DataType.UINT8, source.shape) for _ in range(copies - 1)]
+        read, made = (value(part, ir.DataType.UINT8, None) for part in ("copies", "levels"))
+        nodes.append(ir.Node("", "Concat", [codes] * copies, [axis], outputs=[read], name=read.name))
+    inputs = [read, *dequantize.inputs[1:3], *own]
+    nodes.append(ir.Node(DOMAIN, _operator(quantizer), inputs, [axis], outputs=[made], name=made.name))
+    if copies > 1:
+        assert quantizer.table is not None
+        sizes = build.shared_initializer("lookup_split", np.full(copies, len(quantizer.table) // copies, np.int64))
+        nodes.append(ir.Node("", "Split", [made, sizes], [axis], outputs=levels, name=build.unique(f"{name}_split")))
+    results = [value("dequantized", ir.DataType.FLOAT, source.shape) for _ in levels]
+    for level, result in zip(levels, results, strict=True):
+        nodes.append(ir.Node("", "DequantizeLinear", [level, *own[:2]], outputs=[result], name=result.name))
     graph.insert_after(dequantize, nodes)
-    return result
+    return tuple(results)
 
 
 def expand_lookups(graph: ir.Graph, build: Builder) -> list[str]:
@@ -188,6 +231,11 @@ def expand_lookups(graph: ir.Graph, build: Builder) -> list[str]:
 
 def _is_operator(node: ir.Node | None) -> bool:
     return node is not None and node.domain == DOMAIN and node.op_type in (LOOKUP, FEEDBACK)
+
+
+def _axis(node: ir.Node) -> int | None:
+    attribute = node.attributes.get("axis")
+    return None if attribute is None else attribute.as_int()
 
 
 def _operator(quantizer: TensorQuantizer) -> str:

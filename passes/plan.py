@@ -127,6 +127,8 @@ class QuantPlan:
                         arrays[f"{field}/{name}/table"] = np.ascontiguousarray(entry.table)
                     if entry.table_axis is not None:
                         arrays[f"{field}/{name}/table_axis"] = np.array(entry.table_axis, np.int32)
+                    if entry.copies > 1:
+                        arrays[f"{field}/{name}/copies"] = np.array([entry.copies, entry.copy], np.int32)
                     if entry.feedback is not None:
                         for part, array in entry.feedback.arrays().items():
                             arrays[f"{field}/{name}/feedback/{part}"] = array
@@ -192,6 +194,9 @@ class QuantPlan:
         def axis(name: str) -> int | None:
             return int(arrays[name]) if name in arrays else None
 
+        def copies(name: str) -> dict[str, int]:
+            return dict(zip(("copies", "copy"), arrays[name].tolist(), strict=True)) if name in arrays else {}
+
         def table(field: str) -> dict[str, Entry]:
             result: dict[str, Entry] = {}
             for name, data in header[field].items():
@@ -208,6 +213,7 @@ class QuantPlan:
                         adaptive(f"{key}/adaptive/"),
                         axis(f"{key}/table_axis"),
                         feedback(f"{key}/feedback/"),
+                        **copies(f"{key}/copies"),
                     )
                     if f"{key}/scale" in arrays
                     else spec

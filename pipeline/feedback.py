@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ from postquant.passes.plan import QuantPlan
 from postquant.pipeline.job import Job
 from postquant.pipeline.stage_log import StageLog
 from postquant.runtime_ops.errors import ModelError
-from postquant.runtime_ops.quantizer import TensorQuantizer
 
 if TYPE_CHECKING:
     import torch
@@ -102,8 +100,5 @@ def with_feedback(
         if feedback is None:
             continue
         count += 1
-        for key in site.keys:
-            entry = plan.requants[key]
-            assert isinstance(entry, TensorQuantizer)
-            plan = plan.with_requant(key, dataclasses.replace(entry, feedback=feedback))
+        plan = site.with_feedback(plan, feedback)
     return plan, count

@@ -198,7 +198,7 @@ def _code_book(where: str, quantizer: TensorQuantizer, found: Reading) -> Iterat
     lookup = lookup_of(found.quantize)
     if quantizer.table is None or found.looked_up is None or lookup is None:
         return
-    if lookup_differs(lookup, quantizer, found.looked_up.numbers):
+    if lookup_differs(lookup, found.codes, quantizer, found.looked_up.numbers):
         yield Difference(where, "the table of its levels differs from the plan's")
 
 

@@ -139,10 +139,9 @@ class _Recovery:
         lookups = lookup_nodes(self.graph)
         quantizers = ("DequantizeLinear", "Clip", "QuantizeLinear")
         for node in reversed(tuple(self.graph)):
-            value = node.outputs[0]
             ours = node in lookups or any(is_ours(node) for is_ours in (is_barrier, is_border, is_adaptive))
             removable = node.op_type in quantizers or ours
-            if removable and not value.uses() and not value.is_graph_output():
+            if removable and not any(value.uses() or value.is_graph_output() for value in node.outputs):
                 self.graph.remove(node, safe=True)
         for name, value in tuple(self.graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():

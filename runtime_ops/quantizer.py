@@ -71,6 +71,9 @@ class TensorQuantizer:
         table_axis: Axis of the activation's channels, counted from the last one, -1, where the table has a row for
             each; else None.
         feedback: How these channels make up for each other's errors; None where each is rounded to its nearest level.
+        copies: Of how many copies of the channels, one behind the other, the rows and the feedback are: as many as the
+            tensor has readers that make up for each other's errors; 1 where they all read the same codes.
+        copy: The copy that this reader reads.
     """
 
     spec: QuantSpec
@@ -82,6 +85,8 @@ class TensorQuantizer:
     adaptive: AdaptiveModule | None = None
     table_axis: int | None = None
     feedback: Feedback | None = None
+    copies: int = 1
+    copy: int = 0
 
     def __post_init__(self) -> None:
         scale = np.asarray(self.scale, np.float32)
@@ -97,10 +102,11 @@ class TensorQuantizer:
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "zero_point", zero_point)
         object.__setattr__(self, "table", _table(self.spec, self.table, self.table_axis))
-        if self.feedback is not None:
-            rows = 0 if self.table is None or self.table_axis is None else len(self.table)
-            if rows != self.feedback.channels:
-                raise ValueError(f"an error feedback of {self.feedback.channels} channels for {rows} rows of levels")
+        rows = 0 if self.table is None or self.table_axis is None else len(self.table)
+        if self.feedback is not None and rows != self.feedback.channels:
+            raise ValueError(f"an error feedback of {self.feedback.channels} channels for {rows} rows of levels")
+        if not 0 <= self.copy < self.copies or (self.copies > 1 and (not rows or rows % self.copies)):
+            raise ValueError(f"copy {self.copy} of {self.copies} for {rows} rows of levels")
         if self.border is not None:
             if self.spec.signed or self.spec.bits > 8 or self.spec.axis is not None or self.codes is not None:
                 raise ValueError("a rounding border exists only for unsigned activations of at most 8 bits")
@@ -110,6 +116,11 @@ class TensorQuantizer:
             if self.spec.signed or self.spec.bits > 8 or not plain:
                 raise ValueError("an adaptive step exists only for unsigned activations with the zero point 0")
             self.adaptive.law(scale, zero_point, self.spec.qmin, self.spec.qmax)
+
+    @property
+    def whole(self) -> TensorQuantizer:
+        """The quantizer of all copies of a tensor together, concatenated along the axis of the channels."""
+        return dataclasses.replace(self, copies=1, copy=0)
 
     @classmethod
     def from_range(cls, spec: QuantSpec, low: npt.ArrayLike, high: npt.ArrayLike) -> TensorQuantizer:
@@ -183,6 +194,11 @@ class TensorQuantizer:
 
     def _levels(self, x: npt.NDArray[np.floating]) -> npt.NDArray[np.integer]:
         assert self.table is not None
+        if self.copies > 1:
+            assert self.table_axis is not None
+            together = self.whole.quantize(np.concatenate([x] * self.copies, axis=self.table_axis))
+            copies: list[npt.NDArray[np.integer]] = np.split(together, self.copies, axis=self.table_axis)
+            return copies[self.copy]
         if not self.spec.signed:
             codes, nearest = self._apply(law.quantize, x).astype(np.uint8), nearest_codes(self.table)
             if self.table_axis is None:

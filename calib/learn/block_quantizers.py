@@ -10,7 +10,7 @@ altogether, because they would cost as much time as the ones that matter.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ from postquant.calib.learn.quantizers import (
     LearnedBias,
     fake_quantize,
 )
-from postquant.calib.learn.read_keys import integer_nodes, keys_read, stored_key
+from postquant.calib.learn.read_keys import copies_read, integer_nodes, keys_read, stored_key
 from postquant.calib.learn.reader import Reader
 from postquant.calib.learn.recipe import Recipe
 from postquant.calib.learn.weights import WeightQuantizer, weight_quantizer
@@ -74,8 +74,10 @@ class BlockQuantizers:
     Attributes:
         weights: Weight name -> what is learned of it.
         biases: Bias name -> what is learned of it.
-        steps: Key ("tensor" or "node:input") -> activation quantizer that is learned.
+        steps: Key ("tensor" or "node:input") -> activation quantizer that is learned; of readers that make up for each
+            other's errors, the first one's -> that of all copies.
         requants: Keys of all quantizers that belong to one input of one node.
+        copies: Key of a reader that makes up for others' errors -> the keys of all of them.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class BlockQuantizers:
         self._plan = plan
         self._device = device
         self.requants = plan.requants
+        self.copies = copies_read(model, plan)
         self._integer = integer_nodes(model, plan)
         self._layers = [layer for node in nodes if (layer := _layer(node, plan)) is not None]
         self._fixed: dict[str, Tensor] = {}
@@ -110,8 +113,9 @@ class BlockQuantizers:
         for key in keys_read(model, nodes, plan):
             entry = plan.requants.get(key) or plan.activations.get(key)
             assert isinstance(entry, TensorQuantizer)
-            if key not in decided and entry.spec.bits < FIXED_BITS:
-                self.steps[key] = self._step(key, entry, nodes, recipe)
+            together = self.copies.get(key, (key,))
+            if together[0] not in self.steps and decided.isdisjoint(together) and entry.spec.bits < FIXED_BITS:
+                self.steps[together[0]] = self._step(key, entry.whole, nodes, recipe)
         self._stored_for = stored_for_readers(nodes, plan)
         self._prepare_fixed(model, nodes)
 
@@ -213,7 +217,7 @@ class BlockQuantizers:
     def to_plan(self, plan: QuantPlan) -> QuantPlan:
         """The plan with everything that was learned."""
         weights = {name: weight.learned() for name, weight in self.weights.items()}
-        steps = {key: step.learned() for key, step in self.steps.items()}
+        steps = dict(self._learned_steps())
         stored = {name: wide([steps[key] for key in keys]) for name, keys in self._stored_for.items()}
         return dataclasses.replace(
             plan,
@@ -222,6 +226,13 @@ class BlockQuantizers:
             activations={**plan.activations, **{k: q for k, q in steps.items() if k in plan.activations}, **stored},
             requants={**plan.requants, **{k: q for k, q in steps.items() if k in plan.requants}},
         )
+
+    def _learned_steps(self) -> Iterator[tuple[str, TensorQuantizer]]:
+        """Every reader's quantizer."""
+        for first, step in self.steps.items():
+            keys, learned = self.copies.get(first, (first,)), step.learned()
+            for copy, key in enumerate(keys):
+                yield key, dataclasses.replace(learned, copies=len(keys), copy=copy)
 
     # -- what the reader asks for --------------------------------------------------------------------------------
 
@@ -261,7 +272,7 @@ class BlockQuantizers:
         return scale * source * gain
 
     def _scale_of(self, key: str, *, learned: bool) -> Tensor | None:
-        step = self.steps.get(key) or self.steps.get(self._plan.shared.get(key, key))
+        step = self.steps.get(self.copies.get(key, (key,))[0]) or self.steps.get(self._plan.shared.get(key, key))
         if learned and step is not None:
             return step.scale.value().detach()
         quantizer = self._plan.input_quantizer(key)
@@ -282,7 +293,10 @@ class BlockQuantizers:
         learned: bool,
         penalties: list[Tensor] | None = None,
     ) -> Tensor:
-        """``x`` behind one quantizer of the plan; what its step adds to the loss goes to ``penalties``."""
+        """``x`` behind one quantizer of the plan; what its step adds to the loss goes to ``penalties``.
+
+        The key is the first one's of readers that make up for each other's errors, and ``x`` all copies.
+        """
         step = self.steps.get(key)
         entry = self._plan.requants.get(key) or self._plan.activations.get(key)
         if step is not None and learned and (not hard or isinstance(step, ActivationQuantizer)):
@@ -292,8 +306,10 @@ class BlockQuantizers:
         if step is not None and learned:
             entry = step.learned()
         elif learned and key in self._stored_for:
-            entry = wide([self.steps[reader].learned() for reader in self._stored_for[key]])
+            learned_steps = dict(self._learned_steps())
+            entry = wide([learned_steps[reader] for reader in self._stored_for[key]])
         assert isinstance(entry, TensorQuantizer)
+        entry = entry.whole
         if any(part is not None for part in (entry.border, entry.adaptive, entry.table)):
             return torch.as_tensor(entry.simulate(x.detach().cpu().numpy()), device=x.device)
         if entry.spec.bits >= FIXED_BITS and not all_steps:

@@ -7,6 +7,9 @@ To second order, errors ``e`` of the C channels at one place that a layer reads 
 with ``g_o = df_o / dx`` (C) there, n_o elements and the variance V_o of output o; errors of different places are taken
 as independent. Random signs on all outputs estimate the sum over o, as in :mod:`postquant.calib.learn.fisher`. The
 gradient is that along what the readers of the code book read, not along other ways from the same value.
+
+Several readers may read different codes: then ``e`` are the errors of every reader's copy of the channels, one copy
+behind the other, and ``g`` is the gradient along each.
 """
 
 from __future__ import annotations
@@ -30,10 +33,13 @@ from postquant.calib.source import CalibrationSource
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import make_session
 from postquant.runtime_ops.errors import ModelError
+from postquant.runtime_ops.law_feedback import Feedback
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 Tensor = torch.Tensor
 _SAMPLES = 128
+# With more copies of channels, readers of a tensor read the same codes: eigenvectors of H would take minutes.
+_MOST_COPIES = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +56,36 @@ class FeedbackSite:
     keys: tuple[str, ...]
     quantizer: TensorQuantizer
 
+    @property
+    def copies(self) -> int:
+        """Of how many copies of the channels errors are told apart: one for every reader, or 1."""
+        rows = 1 if self.quantizer.table is None else len(self.quantizer.table)
+        return len(self.keys) if len(self.keys) * rows <= _MOST_COPIES else 1
+
+    def with_feedback(self, plan: QuantPlan, feedback: Feedback) -> QuantPlan:
+        """A plan in which the readers have an error feedback.
+
+        Args:
+            plan: The plan.
+            feedback: Of all copies of the channels together.
+        """
+        assert self.quantizer.table is not None
+        whole = dataclasses.replace(
+            self.quantizer, table=np.tile(self.quantizer.table, (self.copies, 1)), feedback=feedback
+        )
+        for index, key in enumerate(self.keys):
+            copy = index % self.copies
+            plan = plan.with_requant(key, dataclasses.replace(whole, copies=self.copies, copy=copy))
+        return plan
+
 
 @dataclasses.dataclass
 class Moments:
     """What is known of one site.
 
     Attributes:
-        hessian: (C, C) float64, H.
-        noise: (C,) float64, mean square of every channel's error of rounding to the nearest level, in the tensor's
+        hessian: (K C, K C) float64, H, where K readers read C channels.
+        noise: (K C,) float64, mean square of every channel's error of rounding to the nearest level, in the tensor's
             units.
     """
 
@@ -67,17 +95,16 @@ class Moments:
 
 def feedback_sites(model: ir.Model, plan: QuantPlan) -> list[FeedbackSite]:
     """Every activation of a plan whose channels have code books of their own, in the order of the graph."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, FeedbackSite] = {}
     for node in model.graph:
         entry, value = plan.requants.get(f"{node.name}:0"), node.inputs[0] if node.inputs else None
-        if value is not None and isinstance(entry, TensorQuantizer) and entry.table_axis is not None:
-            found.setdefault(value.name or "", []).append(f"{node.name}:0")
-    sites = []
-    for name, keys in found.items():
-        quantizer = plan.requants[keys[0]]
-        assert isinstance(quantizer, TensorQuantizer)
-        sites.append(FeedbackSite(name, tuple(keys), quantizer))
-    return sites
+        if value is None or not isinstance(entry, TensorQuantizer) or entry.table_axis is None:
+            continue
+        name = value.name or ""
+        site = found.setdefault(name, FeedbackSite(name, (), entry))
+        if site.quantizer.table_axis == entry.table_axis:
+            found[name] = dataclasses.replace(site, keys=(*site.keys, f"{node.name}:0"))
+    return list(found.values())
 
 
 def measure_moments(
@@ -120,8 +147,8 @@ class _Gradients:
     def __init__(self, model: ir.Model, sites: Sequence[FeedbackSite], device: torch.device) -> None:
         self._nodes = list(model.graph)
         self._device = device
-        self._sites = {site.value: site for site in sites}
-        self._readers = {key: site.value for site in sites for key in site.keys}
+        self._sites = sites
+        self._readers = {key for site in sites for key in site.keys}
         self._constants = constant_values(self._nodes, device)
         self._outputs = float_outputs(model)
         if not self._outputs:
@@ -144,19 +171,22 @@ class _Gradients:
             gradients = torch.autograd.grad(
                 list(outputs.values()), list(errors.values()), signs, materialize_grads=True
             )
-            for name, gradient in zip(errors, gradients, strict=True):
-                self._add(found, self._sites[name], values[name].detach(), gradient)
+            along = dict(zip(errors, gradients, strict=True))
+            for site in self._sites:
+                self._add(found, site, values[site.value].detach(), [along[key] for key in site.keys])
         for moments in found.values():
             moments.noise /= len(chosen)
         return found
 
-    def _add(self, found: dict[str, Moments], site: FeedbackSite, x: Tensor, gradient: Tensor) -> None:
+    def _add(self, found: dict[str, Moments], site: FeedbackSite, x: Tensor, gradients: Sequence[Tensor]) -> None:
         axis = site.quantizer.table_axis
         assert axis is not None
         real = x.cpu().numpy()
         error = np.square(site.quantizer.simulate(real) - real, dtype=np.float64)
-        noise = np.moveaxis(error, axis, 0).reshape(error.shape[axis], -1).mean(axis=1)
-        hessian = channel_products(gradient, axis).numpy()
+        noise = np.tile(np.moveaxis(error, axis, 0).reshape(error.shape[axis], -1).mean(axis=1), site.copies)
+        if site.copies == 1:
+            gradients = [torch.stack(list(gradients)).sum(0)]
+        hessian = channel_products(torch.cat(list(gradients), dim=axis), axis).numpy()
         if site.value in found:
             found[site.value].hessian += hessian
             found[site.value].noise += noise
@@ -164,7 +194,7 @@ class _Gradients:
             found[site.value] = Moments(hessian, noise)
 
     def _run(self, sample: Sample) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The values that matter; and for every site an error of zero that its readers see."""
+        """The values that matter; and for every reader of a site an error of zero that it sees."""
         values = dict(self._constants)
         for name, array in sample.items():
             tensor = torch.from_numpy(np.array(array))
@@ -172,12 +202,12 @@ class _Gradients:
         errors: dict[str, Tensor] = {}
 
         def read(node: ir.Node, index: int, name: str, tensor: Tensor) -> Tensor:
-            if index != 0 or f"{node.name}:0" not in self._readers:
+            key = f"{node.name}:0"
+            if index != 0 or key not in self._readers:
                 return tensor
-            if name not in errors:
-                errors[name] = torch.zeros_like(tensor, requires_grad=True)
-            return tensor + errors[name]
+            errors[key] = torch.zeros_like(tensor, requires_grad=True)
+            return tensor + errors[key]
 
         with torch.enable_grad():
-            run_nodes(self._nodes, values, read, wanted={*self._sites, *self._outputs})
+            run_nodes(self._nodes, values, read, wanted={*(site.value for site in self._sites), *self._outputs})
         return values, errors

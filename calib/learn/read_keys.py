@@ -1,4 +1,4 @@
-"""Through which quantizers of a plan nodes read, as emission places them: :func:`keys_read`."""
+"""Through which quantizers of a plan nodes read, as emission places them: :func:`keys_read`, :func:`copies_read`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from postquant.passes import semantics
 from postquant.passes.plan import QuantPlan
+from postquant.runtime_ops.quantizer import TensorQuantizer
 
 
 def stored_key(node: ir.Node, value: ir.Value, plan: QuantPlan, integer: frozenset[str | None]) -> str | None:
@@ -61,6 +62,26 @@ def keys_read(model: ir.Model, nodes: Iterable[ir.Node], plan: QuantPlan) -> lis
             if own in plan.requants:
                 keys[own] = None
     return list(keys)
+
+
+def copies_read(model: ir.Model, plan: QuantPlan) -> dict[str, tuple[str, ...]]:
+    """Readers of a tensor that make up for each other's errors (``TensorQuantizer.copies``).
+
+    Args:
+        model: The simplified float model.
+        plan: A decided plan.
+
+    Returns:
+        Key ``"<node>:<input>"`` of each -> the keys of all of them, in the order of their copies.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for node in model.graph:
+        for index, value in enumerate(node.inputs):
+            entry = plan.requants.get(f"{node.name}:{index}")
+            if value is not None and isinstance(entry, TensorQuantizer) and entry.copies > 1:
+                found.setdefault(value.name or "", {})[entry.copy] = f"{node.name}:{index}"
+    groups = (tuple(keys[copy] for copy in sorted(keys)) for keys in found.values())
+    return {key: group for group in groups for key in group}
 
 
 def integer_nodes(model: ir.Model, plan: QuantPlan) -> frozenset[str | None]:

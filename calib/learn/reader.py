@@ -10,6 +10,7 @@ import torch
 
 from postquant.calib.learn.quantizers import DropMasks
 from postquant.passes import semantics
+from postquant.runtime_ops.quantizer import TensorQuantizer
 
 if TYPE_CHECKING:
     from postquant.calib.learn.block_quantizers import BlockQuantizers
@@ -37,6 +38,7 @@ class Reader:
         self._learned = learned
         self._constants = {} if constants is None else constants
         self._stored: dict[tuple[str, str], Tensor] = {}
+        self._copies: dict[str, tuple[Tensor, ...]] = {}
         self._penalties: list[Tensor] = []
 
     def another(self) -> Reader:
@@ -70,7 +72,22 @@ class Reader:
                 self._stored[name, key] = self._quantize(key, tensor)
             tensor = self._stored[name, key]
         own = f"{node.name}:{index}"
-        return self._quantize(own, tensor) if own in self._owner.requants else tensor
+        if own not in self._owner.requants:
+            return tensor
+        together = self._owner.copies.get(own)
+        return self._quantize(own, tensor) if together is None else self._copy(together, own, tensor)
+
+    def _copy(self, together: tuple[str, ...], own: str, x: Tensor) -> Tensor:
+        """What one of several readers sees that make up for each other's errors."""
+        first = together[0]
+        if first not in self._copies:
+            entry = self._owner.requants[first]
+            assert isinstance(entry, TensorQuantizer)
+            assert entry.table_axis is not None
+            axis = entry.table_axis
+            quantized = self._quantize(first, torch.cat([x] * len(together), dim=axis))
+            self._copies[first] = quantized.chunk(len(together), dim=axis)
+        return self._copies[first][together.index(own)]
 
     def _quantize(self, key: str, x: Tensor) -> Tensor:
         return self._owner.quantize(

@@ -212,18 +212,19 @@ def test_other_constants_are_found(
     assert isinstance(quantizer, TensorQuantizer)
     scale, zero_point = (value.const_value.numpy() for value in maker.inputs[1:3] if value and value.const_value)
     stored = Affine(scale, zero_point.astype(np.int32), np.dtype(np.uint8))
-    assert not lookup_differs(lookup, quantizer, stored)
+    levels = lookup.nodes[-1].outputs[0]
+    assert not lookup_differs(lookup, levels, quantizer, stored)
     for constant in lookup.constants:
         right = constant.const_value
         assert right is not None
         wrong = right.numpy().copy()
         wrong.reshape(-1)[-1] = not wrong.reshape(-1)[-1]
         constant.const_value = ir.Tensor(wrong, name=constant.name)
-        assert lookup_differs(lookup, quantizer, stored), constant.name
+        assert lookup_differs(lookup, levels, quantizer, stored), constant.name
         constant.const_value = right
     if channels and not standard:
         lookup.nodes[-1].attributes["axis"] = ir.AttrInt64("axis", -2)
-        assert lookup_differs(lookup, quantizer, stored)
+        assert lookup_differs(lookup, levels, quantizer, stored)
 
 
 def test_a_chain_with_other_attributes_is_none(quantized: tuple[ir.Model, QuantPlan, Any]) -> None:

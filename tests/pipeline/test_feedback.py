@@ -11,6 +11,8 @@ from typing import Any
 from unittest.mock import MagicMock, Mock
 
 import numpy as np
+import onnx
+import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -131,6 +133,34 @@ def test_an_interrupted_run_does_not_measure_again(
     again = quantize(digits.model, _feeds(), CONFIG, out=tmp_path / "out")
     assert again.report.stages == whole.report.stages
     assert (folder / "model.onnx").read_bytes() == (tmp_path / "out" / "model.onnx").read_bytes()
+
+
+def test_readers_of_one_tensor_answer_each_other_in_the_file(few_steps: None, tmp_path: pathlib.Path) -> None:
+    """A fire module (Iandola et al. 2016), from the model to the folder that its receiver checks."""
+    if importlib.util.find_spec("torch") is None:
+        pytest.skip("torch is not installed")
+    rng = np.random.default_rng(0)
+    shapes = {"w0": (8, 3, 3, 3), "w1": (6, 8, 1, 1), "w2": (6, 8, 3, 3), "w3": (4, 12, 1, 1)}
+    proto = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N,3,10,10] x) => (float[N,4] y) {
+          a = Conv (x, w0) r = Relu (a) b = Conv (r, w1) c = Conv <pads = [1, 1, 1, 1]> (r, w2)
+          d = Concat <axis = 1> (b, c) e = Relu (d) f = Conv (e, w3) p = GlobalAveragePool (f) y = Flatten (p)
+        }""")
+    for name, shape in shapes.items():
+        array = (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.save(proto, tmp_path / "fire.onnx")
+    feeds = [{"x": rng.standard_normal((1, 3, 10, 10)).astype(np.float32)} for _ in range(32)]
+    folder = tmp_path / "out"
+    found = quantize(tmp_path / "fire.onnx", feeds, CONFIG, out=folder)
+    assert all(check.passed for check in found.report.checks), found.report.checks
+    plan, emitted = QuantPlan.load(folder / "plan.safetensors"), ir.load(folder / "model.onnx")
+    assert sorted((entry.copies, entry.copy) for entry in _fed(plan)) == [(2, 0), (2, 1)]
+    kinds = [node.op_type for node in emitted.graph]
+    assert kinds.count("FeedbackRequantize") == kinds.count("Split") == 1
+    assert [check for check in verify_folder(folder) if not check.passed] == []
+    (change,) = standard_model(emitted).changes
+    assert "nearest levels" in change
 
 
 def _interrupted(*_: Any, **__: Any) -> Any:

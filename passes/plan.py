@@ -132,6 +132,8 @@ class QuantPlan:
                     if entry.feedback is not None:
                         for part, array in entry.feedback.arrays().items():
                             arrays[f"{field}/{name}/feedback/{part}"] = array
+                        if entry.feedback.cell > 1:
+                            arrays[f"{field}/{name}/feedback/cell"] = np.array(entry.feedback.cell, np.int32)
                     if entry.border is not None:
                         for part, array in entry.border.arrays().items():
                             arrays[f"{field}/{name}/border/{part}"] = array
@@ -189,7 +191,8 @@ class QuantPlan:
 
         def feedback(prefix: str) -> Feedback | None:
             parts = below(prefix)
-            return Feedback.from_arrays(parts) if parts else None
+            cell = int(parts.pop("cell", np.ones((), np.int32)))
+            return dataclasses.replace(Feedback.from_arrays(parts), cell=cell) if parts else None
 
         def axis(name: str) -> int | None:
             return int(arrays[name]) if name in arrays else None

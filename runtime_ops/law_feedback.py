@@ -8,6 +8,10 @@ At every position for itself, with ``code`` and the nearest level of
     y[c]  = nearest level of table[c] to clip(code[c] - shift, 0, 255)      for every channel c of the group
     e[c]  = clip(y[c] - code[c], -127, 127)
 
+With a cell of n > 1, a position is a square of n by n places on the last two axes, the first one at the corner of every
+plane, and its channels are those of all its places: channel ``(i n + j) C + c`` is channel c of x at row i and column j
+of the square. Where squares reach beyond the plane nothing is rounded, and e is 0.
+
 So ``diag(right_scale) right diag(left_scale) left`` is how much of the errors of earlier channels a channel takes over,
 as towards the nearest plane of Babai's algorithm. The sums are of small integers, which float32 holds exactly in any
 order, and the rest is single float32 operations: every implementation gives the same bits.
@@ -16,6 +20,8 @@ order, and the rest is single float32 operations: every implementation gives the
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +32,17 @@ from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.law_levels import Codes, Real, check_channels, check_table, level_codes
 
 Small = npt.NDArray[np.int8]
+T = TypeVar("T", bound=np.generic)
 
 GROUPS = 8
 FEWEST_CHANNELS = 2
 # Errors and what is made of them: they fit 8 bits, and a coefficient of 127 times the largest sum is below 2^24.
 LARGEST_ERROR = 127
 LARGEST_SHIFT = 255
+# Side of a cell.
+LARGEST_CELL = 8
+# The channels' axis where there are cells: rows and columns are behind it.
+CELL_AXIS = -3
 # float32 holds sums of integers up to 2^24 exactly: what the coefficients of one sum may add up to.
 COEFFICIENT_WEIGHT = 2**24 // LARGEST_ERROR
 
@@ -46,6 +57,8 @@ class Feedback(ArrayParts):
         left_scale: (R,) float32.
         right: (C, R) int8 in ``[-127, 127]``, at most 132104 in absolute sum per row.
         right_scale: (C,) float32.
+        cell: Side of the squares of places whose channels are rounded together, 1 to 8: C is its square times the
+            channels of the tensor.
 
     Raises:
         ModelError: If the parts do not fit together.
@@ -58,9 +71,17 @@ class Feedback(ArrayParts):
     left_scale: Real
     right: Small
     right_scale: Real
+    cell: int = 1
 
     def __post_init__(self) -> None:
         self._check_shapes()
+        if not 1 <= self.cell <= LARGEST_CELL or len(self.group) % self.cell**2:
+            raise ModelError(
+                "the channels are not those of whole cells",
+                where="attribute cell",
+                expected=f"1 to {LARGEST_CELL}, its square a divisor of {len(self.group)} channels",
+                found=str(self.cell),
+            )
         if self.group.max() >= GROUPS:
             raise ModelError(
                 "a channel is in a group that there is not",
@@ -86,13 +107,17 @@ class Feedback(ArrayParts):
 
     @property
     def channels(self) -> int:
-        """C."""
-        return len(self.group)
+        """How many a tensor has that is rounded with it."""
+        return len(self.group) // self.cell**2
 
     @property
     def rank(self) -> int:
         """R."""
         return len(self.left)
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [name for name in super()._names() if name != "cell"]
 
     def _check_shapes(self) -> None:
         channels = len(self.group) if self.group.ndim == 1 else 0
@@ -142,7 +167,7 @@ def feedback_requantize(
         zero_point: () uint8, the level of 0.
         table: (1, n) or (C, n) uint8 levels, each row sorted, 2 <= n <= 16.
         feedback: Groups and coefficients of the C channels.
-        axis: The channels' axis, from -8 to -1, the last one.
+        axis: The channels' axis, from -8 to -1, the last one; -3 where there are cells.
 
     Returns:
         uint8 levels of the shape of ``x``.
@@ -158,7 +183,9 @@ def feedback_requantize(
     """
     code = level_codes(x_scale, x_zero_point, scale, zero_point)
     check_table(table)
-    channels = len(feedback.group)
+    channels = feedback.channels
+    if feedback.cell > 1 and axis != CELL_AXIS:
+        raise ModelError("cells are those of planes", where="attribute axis", expected=str(CELL_AXIS), found=str(axis))
     if len(table) not in (1, channels):
         raise ModelError(
             "the levels are not those of the channels",
@@ -183,12 +210,54 @@ def feedback_levels(codes: npt.NDArray[np.integer], nearest: Codes, feedback: Fe
         uint8 levels of the shape of ``codes``.
     """
     first = np.moveaxis(codes, axis, 0)
-    y = _requantize(first.reshape(feedback.channels, -1).astype(np.int32), nearest, feedback)
-    return np.ascontiguousarray(np.moveaxis(y.reshape(first.shape), 0, axis))
+    if feedback.cell == 1:
+        y = _requantize(first.reshape(feedback.channels, -1).astype(np.int32), nearest, feedback, None)
+        return np.ascontiguousarray(np.moveaxis(y.reshape(first.shape), 0, axis))
+    cells = in_cells(first, feedback.cell)
+    exists = np.broadcast_to(in_cells(np.ones_like(first, np.float32), feedback.cell), cells.shape)
+    rows = nearest if len(nearest) == 1 else np.tile(nearest, (feedback.cell**2, 1))
+    channels = len(feedback.group)
+    y = _requantize(cells.reshape(channels, -1).astype(np.int32), rows, feedback, exists.reshape(channels, -1))
+    return np.ascontiguousarray(np.moveaxis(out_of_cells(y.reshape(cells.shape), first.shape), 0, axis))
 
 
-def _requantize(code: npt.NDArray[np.int32], levels: Codes, feedback: Feedback) -> Codes:
-    """Levels (C, P) of codes (C, P)."""
+def in_cells(x: npt.NDArray[T], cell: int) -> npt.NDArray[T]:
+    """The places of every cell as channels.
+
+    Args:
+        x: (C, ..., H, W).
+        cell: n.
+
+    Returns:
+        (n n C, ..., ceil(H / n), ceil(W / n)), 0 where there is no place.
+
+    >>> in_cells(np.arange(1, 7).reshape(1, 2, 3), 2)[:, 0].tolist()
+    [[1, 3], [2, 0], [4, 6], [5, 0]]
+    """
+    height, width = x.shape[-2:]
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -height % cell), (0, -width % cell)])
+    rows, columns = padded.shape[-2] // cell, padded.shape[-1] // cell
+    split = padded.reshape(*x.shape[:-2], rows, cell, columns, cell)
+    moved = np.moveaxis(split, (-3, -1), (0, 1))
+    return moved.reshape(cell * cell * x.shape[0], *x.shape[1:-2], rows, columns)
+
+
+def out_of_cells(cells: npt.NDArray[T], shape: tuple[int, ...]) -> npt.NDArray[T]:
+    """The inverse of :func:`in_cells`.
+
+    Args:
+        cells: What it returns.
+        shape: That of its argument.
+    """
+    cell = math.isqrt(len(cells) // shape[0])
+    rows, columns = cells.shape[-2:]
+    split = np.moveaxis(cells.reshape(cell, cell, *shape[:-2], rows, columns), (0, 1), (-3, -1))
+    whole = split.reshape(*shape[:-2], rows * cell, columns * cell)
+    return whole[..., : shape[-2], : shape[-1]]
+
+
+def _requantize(code: npt.NDArray[np.int32], levels: Codes, feedback: Feedback, exists: Real | None) -> Codes:
+    """Levels (C, P) of codes (C, P); there is no error where ``exists`` is 0."""
     left, right = feedback.left.astype(np.float32), feedback.right.astype(np.float32)
     y = np.empty(code.shape, np.uint8)
     total = np.zeros((len(left), code.shape[1]), np.float32)
@@ -201,7 +270,8 @@ def _requantize(code: npt.NDArray[np.int32], levels: Codes, feedback: Feedback) 
         aim = np.clip(code[members] - shift.astype(np.int32), 0, 255)
         y[members] = levels[members[:, None] if len(levels) > 1 else 0, aim]
         error = np.clip(y[members] - code[members], -LARGEST_ERROR, LARGEST_ERROR)
-        total += _product(left[:, members], error.astype(np.float32))
+        errors = error.astype(np.float32)
+        total += _product(left[:, members], errors if exists is None else errors * exists[members])
     return y
 
 

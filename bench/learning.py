@@ -21,7 +21,6 @@ import onnx_ir as ir
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from postquant.calib.feedback import feedback_of
 from postquant.calib.learn.block_cache import BlockCache
 from postquant.calib.learn.learner import LearnedBlock, Learner
 from postquant.calib.learn.moments import feedback_sites, measure_moments
@@ -136,7 +135,7 @@ def _with_feedback(model: ir.Model, plan: QuantPlan, source: SubsetSource) -> Qu
     found = measure_moments(model, sites, source, range(min(len(source), 8)), seed=0, device=torch.device("cpu"))
     for site in sites:
         moments = found[site.value]
-        feedback = feedback_of(moments.hessian, moments.noise, float(site.quantizer.scale))
+        feedback = moments.feedback(float(site.quantizer.scale))
         if feedback is not None:
             plan = site.with_feedback(plan, feedback)
     return plan

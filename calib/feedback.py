@@ -18,9 +18,17 @@ turned)``. That is Babai's nearest plane (1986) with steps of many dimensions at
 
 ``H = U D U'`` has few eigenvalues that matter, and so the shift needs only ``R`` sums of the errors,
 ``t = left e`` with ``left = sqrt(D) U'``, and ``shift = right t``.
+
+Layers with windows of 3 x 3 see sums over neighbouring places as well. So ``e`` may be the errors of all channels at
+all places of a *cell*, a square of places; wherever that makes the expected harm smaller on gradients that the
+coefficients do not come from (:func:`chosen_feedback`).
 """
 
 from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -36,15 +44,83 @@ _LEFT_OUT = 0.01
 # were errors independent, it stands for.
 _LARGEST = 127
 _DEVIATIONS = 5.0
+# Cells cost time wherever the model runs: share of the harm that they leave at most.
+_LEAST_GAIN = 0.9
 
 
-def feedback_of(hessian: Reals, noise: Reals, step: float) -> Feedback | None:
+def chosen_feedback(halves: Sequence[Reals], noise: Reals, step: float, cell: int) -> Feedback | None:
+    """The feedback for some channels, across the places of cells where that helps.
+
+    Args:
+        halves: Two of (n n C, n n C), each from half of the samples: what errors in cells do to the outputs.
+        noise: (C,) >= 0, mean square of every channel's error of rounding to nearest, in the tensor's units.
+        step: Of the codes that the operator counts errors in, > 0, in the tensor's units.
+        cell: n, the side of the cells, at least 1.
+
+    Returns:
+        None where there are fewer than two channels or no error matters.
+    """
+    alone = [within_places(half, cell) for half in halves]
+    plain = feedback_of(np.add(*alone), noise, step)
+    if plain is None or cell == 1:
+        return plain
+    everywhere = np.tile(noise, cell * cell)
+    if _judged(halves, everywhere, step, cell) < _LEAST_GAIN * _judged(alone, noise, step, 1):
+        return feedback_of(np.add(*halves), everywhere, step, cell)
+    return plain
+
+
+def within_places(hessian: Reals, cell: int) -> Reals:
+    """What errors do that know nothing of other places.
+
+    Args:
+        hessian: (n n C, n n C) of cells.
+        cell: n.
+
+    Returns:
+        (C, C), the sum over the places of a cell.
+    """
+    places = cell * cell
+    channels = len(hessian) // places
+    found: Reals = np.einsum("icid->cd", hessian.reshape(places, channels, places, channels))
+    return found
+
+
+def _judged(halves: Sequence[Reals], noise: Reals, step: float, cell: int) -> float:
+    """The harm that is left of feedbacks of each half, by the other one."""
+    found = 0.0
+    for half, other in (halves, reversed(halves)):
+        feedback = feedback_of(half, noise, step, cell)
+        found += math.inf if feedback is None else expected_harm(other, noise, feedback)
+    return found
+
+
+def expected_harm(hessian: Reals, noise: Reals, feedback: Feedback) -> float:
+    """What is left of the errors at the outputs, if roundings are independent of each other and no shift is limited.
+
+    Args:
+        hessian: (C, C), what errors do to the outputs.
+        noise: (C,), mean square of every channel's error of rounding to nearest.
+        feedback: Of C channels.
+    """
+    left = feedback.left.astype(np.float64) * feedback.left_scale[:, None]
+    right = feedback.right.astype(np.float64) * feedback.right_scale[:, None]
+    # Errors by roundings: e = roundings - right left e, for each group with those of the groups before it.
+    errors = np.eye(len(hessian))
+    for group in range(1, GROUPS):
+        own, before = feedback.group == group, feedback.group < group
+        errors[own] -= right[own] @ (left[:, before] @ errors[before])
+    return float(noise @ np.einsum("ki,ki->i", hessian @ errors, errors))
+
+
+def feedback_of(hessian: Reals, noise: Reals, step: float, cell: int = 1) -> Feedback | None:
     """The feedback for some channels.
 
     Args:
         hessian: (C, C), symmetric, what errors do to the outputs; its unit plays no part.
         noise: (C,) >= 0, mean square of every channel's error of rounding to nearest, in the tensor's units.
         step: Of the codes that the operator counts errors in, > 0, in the tensor's units.
+        cell: The channels are those of squares of places with this side.
 
     Returns:
         None where there are fewer than two channels or no error matters.
@@ -68,7 +144,7 @@ def feedback_of(hessian: Reals, noise: Reals, step: float) -> Feedback | None:
             rest = np.concatenate(parts[index:])
             damped = hessian[np.ix_(rest, rest)] + _DAMPING * np.eye(len(rest))
             right[part] = np.linalg.solve(damped, factor[rest])[: len(part)]
-    return _coded(group, left, right, np.sqrt(noise) / step)
+    return dataclasses.replace(_coded(group, left, right, np.sqrt(noise) / step), cell=cell)
 
 
 def _factor(hessian: Reals) -> Reals:

@@ -124,6 +124,9 @@ def lookup_differs(lookup: Lookup, codes: ir.Value, quantizer: TensorQuantizer, 
         if node.op_type != _operator(quantizer):
             return True
         expected = _inputs(quantizer, stored)
+        cell = node.attributes.get("cell")  # files from before cells have none
+        if (1 if cell is None else cell.as_int()) != (1 if quantizer.feedback is None else quantizer.feedback.cell):
+            return True
         axis = _axis(node)
         if axis is None or (quantizer.table_axis is not None and axis != quantizer.table_axis):
             return True
@@ -179,7 +182,8 @@ def lookup_dequantize(
         read, made = (value(part, ir.DataType.UINT8, None) for part in ("copies", "levels"))
         nodes.append(ir.Node("", "Concat", [codes] * copies, [axis], outputs=[read], name=read.name))
     inputs = [read, *dequantize.inputs[1:3], *own]
-    nodes.append(ir.Node(DOMAIN, _operator(quantizer), inputs, [axis], outputs=[made], name=made.name))
+    attributes = [axis] if quantizer.feedback is None else [axis, ir.AttrInt64("cell", quantizer.feedback.cell)]
+    nodes.append(ir.Node(DOMAIN, _operator(quantizer), inputs, attributes, outputs=[made], name=made.name))
     if copies > 1:
         assert quantizer.table is not None
         sizes = build.shared_initializer("lookup_split", np.full(copies, len(quantizer.table) // copies, np.int64))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from postquant.calib.feedback import feedback_of
 from postquant.calib.source import CalibrationSource
 from postquant.calib.trial import Trial
 from postquant.passes.plan import QuantPlan
@@ -96,7 +95,7 @@ def with_feedback(
     count = 0
     for site in sites:
         moments = found.get(site.value)
-        feedback = None if moments is None else feedback_of(moments.hessian, moments.noise, float(site.quantizer.scale))
+        feedback = None if moments is None else moments.feedback(float(site.quantizer.scale))
         if feedback is None:
             continue
         count += 1

@@ -27,6 +27,7 @@ import torch
 
 from postquant.calib.activation_levels import quantizer_with_levels
 from postquant.calib.learn import native_levels
+from postquant.calib.learn.cells import existing_places, in_cells, out_of_cells
 from postquant.calib.learn.feedback import FeedbackShift
 from postquant.calib.learn.level_codes import LARGEST_CODE, PLACES, LevelCodes
 from postquant.calib.learn.pieces import PIECE
@@ -234,6 +235,7 @@ class LevelsActivation:
         self.scale = _Gaps(torch.as_tensor(levels, device=device))
         feedback, axis = quantizer.feedback, quantizer.table_axis
         self._shift = None if feedback is None or axis is None else FeedbackShift(feedback, axis, device)
+        self._cell = 1 if feedback is None else feedback.cell
 
     def advance(self, share: float) -> None:
         """Told the share of the iterations that are done: nothing changes."""
@@ -245,8 +247,15 @@ class LevelsActivation:
 
     def simulate(self, x: Tensor, masks: DropMasks | None) -> Tensor:
         """``x`` behind the quantizer; where ``masks`` drops, it stays float."""
-        mask, levels = None if masks is None else masks.like(x), self.scale.levels()
-        return level_quantize(x, levels, mask, self._quantizer.table_axis, self._shift)
+        levels, axis, cell = self.scale.levels(), self._quantizer.table_axis, self._cell
+        if cell == 1:
+            return level_quantize(x, levels, None if masks is None else masks.like(x), axis, self._shift)
+        cells, exists = in_cells(x, cell), existing_places(x, cell)
+        mask = exists if masks is None else masks.like(cells)
+        if masks is not None and mask is not None and exists is not None:
+            mask = mask * exists
+        found = level_quantize(cells, levels.repeat(cell * cell, 1), mask, axis, self._shift)
+        return out_of_cells(found, cell, x)
 
     def learned(self) -> TensorQuantizer:
         """The quantizer with the learned levels."""

@@ -22,7 +22,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from postquant.calib.feedback import chosen_feedback
 from postquant.calib.input_spec import Sample
+from postquant.calib.learn.cells import in_cells
 from postquant.calib.learn.executor import constant_values, run_nodes, supported
 from postquant.calib.learn.fisher import output_scales, random_signs, same_outputs
 from postquant.calib.learn.learner import torch_limits
@@ -33,13 +35,16 @@ from postquant.calib.source import CalibrationSource
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import make_session
 from postquant.runtime_ops.errors import ModelError
-from postquant.runtime_ops.law_feedback import Feedback
+from postquant.runtime_ops.law_feedback import CELL_AXIS, Feedback
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
 Tensor = torch.Tensor
 _SAMPLES = 128
 # With more copies of channels, readers of a tensor read the same codes: eigenvectors of H would take minutes.
 _MOST_COPIES = 2048
+# Side of the cells that are tried, and of how many channels they may have together.
+_CELL = 2
+_MOST_IN_CELLS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +66,16 @@ class FeedbackSite:
         """Of how many copies of the channels errors are told apart: one for every reader, or 1."""
         rows = 1 if self.quantizer.table is None else len(self.quantizer.table)
         return len(self.keys) if len(self.keys) * rows <= _MOST_COPIES else 1
+
+    def cell(self, shape: Sequence[int]) -> int:
+        """The side of the cells whose places' errors are told apart.
+
+        Args:
+            shape: Of the value.
+        """
+        rows = 0 if self.quantizer.table is None else len(self.quantizer.table)
+        planes = len(shape) == 4 and self.quantizer.table_axis == CELL_AXIS and min(shape[2:]) >= _CELL
+        return _CELL if planes and _CELL**2 * self.copies * rows <= _MOST_IN_CELLS else 1
 
     def with_feedback(self, plan: QuantPlan, feedback: Feedback) -> QuantPlan:
         """A plan in which the readers have an error feedback.
@@ -84,13 +99,24 @@ class Moments:
     """What is known of one site.
 
     Attributes:
-        hessian: (K C, K C) float64, H, where K readers read C channels.
+        halves: Two of (n n K C, n n K C) float64, H where K readers read C channels at the places of cells, each from
+            every other sample.
         noise: (K C,) float64, mean square of every channel's error of rounding to the nearest level, in the tensor's
             units.
+        cell: n, the side of the cells.
     """
 
-    hessian: npt.NDArray[np.float64]
+    halves: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
     noise: npt.NDArray[np.float64]
+    cell: int = 1
+
+    def feedback(self, step: float) -> Feedback | None:
+        """The best one for these errors (:func:`postquant.calib.feedback.chosen_feedback`).
+
+        Args:
+            step: Of the codes that the operator counts errors in.
+        """
+        return chosen_feedback(self.halves, self.noise, step, self.cell)
 
 
 def feedback_sites(model: ir.Model, plan: QuantPlan) -> list[FeedbackSite]:
@@ -173,12 +199,15 @@ class _Gradients:
             )
             along = dict(zip(errors, gradients, strict=True))
             for site in self._sites:
-                self._add(found, site, values[site.value].detach(), [along[key] for key in site.keys])
+                x = values[site.value].detach()
+                self._add(found, site, x, [along[key] for key in site.keys], half=index % 2)
         for moments in found.values():
             moments.noise /= len(chosen)
         return found
 
-    def _add(self, found: dict[str, Moments], site: FeedbackSite, x: Tensor, gradients: Sequence[Tensor]) -> None:
+    def _add(
+        self, found: dict[str, Moments], site: FeedbackSite, x: Tensor, gradients: Sequence[Tensor], half: int
+    ) -> None:
         axis = site.quantizer.table_axis
         assert axis is not None
         real = x.cpu().numpy()
@@ -186,12 +215,16 @@ class _Gradients:
         noise = np.tile(np.moveaxis(error, axis, 0).reshape(error.shape[axis], -1).mean(axis=1), site.copies)
         if site.copies == 1:
             gradients = [torch.stack(list(gradients)).sum(0)]
-        hessian = channel_products(torch.cat(list(gradients), dim=axis), axis).numpy()
-        if site.value in found:
-            found[site.value].hessian += hessian
-            found[site.value].noise += noise
-        else:
-            found[site.value] = Moments(hessian, noise)
+        every = torch.cat(list(gradients), dim=axis)
+        if site.value not in found:
+            cell = site.cell(every.shape)
+            size = cell * cell * every.shape[axis]
+            found[site.value] = Moments((np.zeros((size, size)), np.zeros((size, size))), np.zeros_like(noise), cell)
+        moments = found[site.value]
+        if moments.cell > 1:
+            every = in_cells(every, moments.cell)
+        np.add(moments.halves[half], channel_products(every, axis).numpy(), out=moments.halves[half])
+        moments.noise += noise
 
     def _run(self, sample: Sample) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The values that matter; and for every reader of a site an error of zero that it sees."""

@@ -70,7 +70,7 @@ class NativeFeedback:
         self._arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         addresses = (array.ctypes.data for array in self._arrays.values())
         self._struct = _Coefficients(feedback.rank, len(sizes), *addresses)
-        self.channels = feedback.channels
+        self.channels = len(feedback.group)
 
     @property
     def address(self) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from postquant.calib.activation_levels import quantizer_with_levels
-from postquant.calib.feedback import feedback_of
+from postquant.calib.feedback import chosen_feedback, expected_harm, feedback_of, within_places
 from postquant.runtime_ops.law_feedback import COEFFICIENT_WEIGHT, GROUPS, Feedback
 from postquant.runtime_ops.quantizer import TensorQuantizer
 from postquant.runtime_ops.spec import QuantSpec
@@ -105,3 +105,51 @@ def test_sums_of_many_channels_stay_exact() -> None:
 )
 def test_without_errors_that_matter_there_is_none(hessian: np.ndarray, noise: np.ndarray) -> None:
     assert feedback_of(hessian, noise, 1.0) is None
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_cells_are_chosen_where_neighbours_are_seen_together(across: bool) -> None:
+    """Readers see sums over the places of a cell, or every place by itself; the gradients are samples of that."""
+    rng = np.random.default_rng(4)
+    channels, places = 6, 4
+    seen = rng.standard_normal((3, channels))
+    rows = [np.kron(np.ones((1, places)) if across else np.eye(places), seen) for _ in range(2)]
+    halves = [(row.T * rng.uniform(0.8, 1.2, len(row))) @ row for row in rows]
+    noise = rng.uniform(0.5, 1.0, channels)
+    feedback = chosen_feedback(halves, noise, 0.1, 2)
+    assert feedback is not None
+    assert feedback.cell == (2 if across else 1)
+    assert feedback.channels == channels
+    np.testing.assert_allclose(
+        within_places(halves[0], 2), sum(halves[0].reshape(4, 6, 4, 6)[i, :, i] for i in range(4))
+    )
+
+
+def test_gradients_of_one_half_do_not_choose_cells_for_the_other() -> None:
+    """Few gradients are all explained by many coefficients: those of other samples judge."""
+    rng = np.random.default_rng(5)
+    channels = 8
+    halves = []
+    for _ in range(2):
+        few = rng.standard_normal((6, 4 * channels))
+        halves.append(few.T @ few)
+    feedback = chosen_feedback(halves, np.ones(channels), 0.1, 2)
+    assert feedback is not None
+    assert feedback.cell == 1
+
+
+def test_the_expected_harm_is_that_of_the_law() -> None:
+    rng = np.random.default_rng(6)
+    quantizer = _quantizer(12, rng)
+    weight = rng.standard_normal((5, 12))
+    hessian = weight.T @ weight
+    # Values between the ends of the levels, whose errors are independent.
+    x = rng.uniform(-0.8, 0.8, (12, 4000)).astype(np.float32)
+    nearest = _errors(quantizer, x)
+    noise = np.square(nearest).mean(axis=1)
+    feedback = feedback_of(hessian, noise, float(quantizer.scale))
+    assert feedback is not None
+    fed = _errors(_with(quantizer, feedback), x)
+    found = np.square(weight @ fed).sum() / x.shape[1]
+    assert expected_harm(hessian, noise, feedback) == pytest.approx(found, rel=0.25)
+    assert found < 0.7 * np.square(weight @ nearest).sum() / x.shape[1]

@@ -21,6 +21,7 @@ import onnx_ir as ir
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from postquant.calib.feedback import choose
 from postquant.calib.learn.block_cache import BlockCache
 from postquant.calib.learn.learner import LearnedBlock, Learner
 from postquant.calib.learn.moments import feedback_sites, measure_moments
@@ -133,9 +134,8 @@ def _with_feedback(model: ir.Model, plan: QuantPlan, source: SubsetSource) -> Qu
     """The plan with an error feedback at every activation whose channels have code books."""
     sites = feedback_sites(model, plan)
     found = measure_moments(model, sites, source, range(min(len(source), 8)), seed=0, device=torch.device("cpu"))
-    for site in sites:
-        moments = found[site.value]
-        feedback = moments.feedback(float(site.quantizer.scale))
+    chosen = choose([found[site.value].candidates(float(site.quantizer.scale)) for site in sites])
+    for site, feedback in zip(sites, chosen, strict=True):
         if feedback is not None:
             plan = site.with_feedback(plan, feedback)
     return plan

@@ -21,7 +21,7 @@ turned)``. That is Babai's nearest plane (1986) with steps of many dimensions at
 
 Layers with windows of 3 x 3 see sums over neighbouring places as well. So ``e`` may be the errors of all channels at
 all places of a *cell*, a square of places; wherever that makes the expected harm smaller on gradients that the
-coefficients do not come from (:func:`chosen_feedback`).
+coefficients do not come from (:func:`choose`).
 """
 
 from __future__ import annotations
@@ -44,12 +44,26 @@ _LEFT_OUT = 0.01
 # were errors independent, it stands for.
 _LARGEST = 127
 _DEVIATIONS = 5.0
-# Cells cost time wherever the model runs: share of the harm that they leave at most.
-_LEAST_GAIN = 0.9
+# Of the harm of all activations together, what cells of one must save at least.
+_LEAST_GAIN = 0.005
 
 
-def chosen_feedback(halves: Sequence[Reals], noise: Reals, step: float, cell: int) -> Feedback | None:
-    """The feedback for some channels, across the places of cells where that helps.
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A feedback for some channels.
+
+    Attributes:
+        feedback: Its numbers.
+        harm: What is left of the errors at the outputs by gradients that it does not come from; infinite where there
+            are none.
+    """
+
+    feedback: Feedback
+    harm: float
+
+
+def candidates(halves: Sequence[Reals], noise: Reals, step: float, cell: int) -> tuple[Candidate, ...]:
+    """The feedback for some channels, and that across the places of cells.
 
     Args:
         halves: Two of (n n C, n n C), each from half of the samples: what errors in cells do to the outputs.
@@ -58,16 +72,35 @@ def chosen_feedback(halves: Sequence[Reals], noise: Reals, step: float, cell: in
         cell: n, the side of the cells, at least 1.
 
     Returns:
-        None where there are fewer than two channels or no error matters.
+        Without cells first; nothing where there are fewer than two channels or no error matters.
     """
-    alone = [within_places(half, cell) for half in halves]
-    plain = feedback_of(np.add(*alone), noise, step)
-    if plain is None or cell == 1:
-        return plain
-    everywhere = np.tile(noise, cell * cell)
-    if _judged(halves, everywhere, step, cell) < _LEAST_GAIN * _judged(alone, noise, step, 1):
-        return feedback_of(np.add(*halves), everywhere, step, cell)
-    return plain
+    found = []
+    for side in dict.fromkeys((1, cell)):
+        parts = [half if side == cell else within_places(half, cell) for half in halves]
+        everywhere = np.tile(noise, side * side)
+        feedback = feedback_of(np.add(*parts), everywhere, step, side)
+        if feedback is None:
+            return ()
+        found.append(Candidate(feedback, _judged(parts, everywhere, step, side)))
+    return tuple(found)
+
+
+def choose(sites: Sequence[Sequence[Candidate]]) -> list[Feedback | None]:
+    """Cells where they save some of the harm of all activations: they cost time wherever the model runs.
+
+    Args:
+        sites: The :func:`candidates` of each.
+
+    Returns:
+        For every site; None where there is none.
+    """
+    whole = sum(site[0].harm for site in sites if site and math.isfinite(site[0].harm))
+    return [
+        min(site, key=lambda one: one.harm + (_LEAST_GAIN * whole if one is not site[0] else 0.0)).feedback
+        if site
+        else None
+        for site in sites
+    ]
 
 
 def within_places(hessian: Reals, cell: int) -> Reals:

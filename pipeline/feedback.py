@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from postquant.calib.feedback import choose
 from postquant.calib.source import CalibrationSource
 from postquant.calib.trial import Trial
 from postquant.passes.plan import QuantPlan
@@ -92,12 +93,9 @@ def with_feedback(
     if not sites:
         return plan, 0
     found = measure_moments(model, sites, source, range(len(source)), seed=seed, device=device)
-    count = 0
-    for site in sites:
-        moments = found.get(site.value)
-        feedback = None if moments is None else moments.feedback(float(site.quantizer.scale))
-        if feedback is None:
-            continue
-        count += 1
-        plan = site.with_feedback(plan, feedback)
-    return plan, count
+    known = [site for site in sites if site.value in found]
+    chosen = choose([found[site.value].candidates(float(site.quantizer.scale)) for site in known])
+    for site, feedback in zip(known, chosen, strict=True):
+        if feedback is not None:
+            plan = site.with_feedback(plan, feedback)
+    return plan, sum(feedback is not None for feedback in chosen)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from postquant.calib.feedback import chosen_feedback
+from postquant.calib.feedback import Candidate, candidates
 from postquant.calib.input_spec import Sample
 from postquant.calib.learn.cells import in_cells
 from postquant.calib.learn.executor import constant_values, run_nodes, supported
@@ -110,13 +110,13 @@ class Moments:
     noise: npt.NDArray[np.float64]
     cell: int = 1
 
-    def feedback(self, step: float) -> Feedback | None:
-        """The best one for these errors (:func:`postquant.calib.feedback.chosen_feedback`).
+    def candidates(self, step: float) -> tuple[Candidate, ...]:
+        """Feedbacks for these errors (:func:`postquant.calib.feedback.candidates`).
 
         Args:
             step: Of the codes that the operator counts errors in.
         """
-        return chosen_feedback(self.halves, self.noise, step, self.cell)
+        return candidates(self.halves, self.noise, step, self.cell)
 
 
 def feedback_sites(model: ir.Model, plan: QuantPlan) -> list[FeedbackSite]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 
 from postquant.calib.activation_levels import quantizer_with_levels
-from postquant.calib.feedback import chosen_feedback, expected_harm, feedback_of, within_places
+from postquant.calib.feedback import Candidate, candidates, choose, expected_harm, feedback_of, within_places
 from postquant.runtime_ops.law_feedback import COEFFICIENT_WEIGHT, GROUPS, Feedback
 from postquant.runtime_ops.quantizer import TensorQuantizer
 from postquant.runtime_ops.spec import QuantSpec
@@ -116,7 +117,9 @@ def test_cells_are_chosen_where_neighbours_are_seen_together(across: bool) -> No
     rows = [np.kron(np.ones((1, places)) if across else np.eye(places), seen) for _ in range(2)]
     halves = [(row.T * rng.uniform(0.8, 1.2, len(row))) @ row for row in rows]
     noise = rng.uniform(0.5, 1.0, channels)
-    feedback = chosen_feedback(halves, noise, 0.1, 2)
+    plain, cells = candidates(halves, noise, 0.1, 2)
+    assert (plain.feedback.cell, cells.feedback.cell) == (1, 2)
+    (feedback,) = choose([(plain, cells)])
     assert feedback is not None
     assert feedback.cell == (2 if across else 1)
     assert feedback.channels == channels
@@ -133,9 +136,10 @@ def test_gradients_of_one_half_do_not_choose_cells_for_the_other() -> None:
     for _ in range(2):
         few = rng.standard_normal((6, 4 * channels))
         halves.append(few.T @ few)
-    feedback = chosen_feedback(halves, np.ones(channels), 0.1, 2)
-    assert feedback is not None
-    assert feedback.cell == 1
+    plain, cells = candidates(halves, np.ones(channels), 0.1, 2)
+    assert cells.harm > plain.harm
+    (feedback,) = choose([(plain, cells)])
+    assert feedback is plain.feedback
 
 
 def test_the_expected_harm_is_that_of_the_law() -> None:
@@ -153,3 +157,26 @@ def test_the_expected_harm_is_that_of_the_law() -> None:
     found = np.square(weight @ fed).sum() / x.shape[1]
     assert expected_harm(hessian, noise, feedback) == pytest.approx(found, rel=0.25)
     assert found < 0.7 * np.square(weight @ nearest).sum() / x.shape[1]
+
+
+def test_cells_must_save_some_of_the_harm_of_all() -> None:
+    rng = np.random.default_rng(7)
+    weight = rng.standard_normal((3, 8))
+    one = feedback_of(weight.T @ weight, np.ones(8), 0.1)
+    two = feedback_of(weight.T @ weight, np.ones(8), 0.1, 2)
+    assert one is not None
+    assert two is not None
+    much, little, worse = (
+        (Candidate(one, plain), Candidate(two, cells)) for plain, cells in ((100.0, 50.0), (1.0, 0.6), (9.0, 9.5))
+    )
+    assert choose([much, little, worse, (), (Candidate(one, math.inf),)]) == [two, one, one, None, one]
+    # By itself the same saving is enough.
+    assert choose([little]) == [two]
+
+
+def test_without_a_second_half_there_are_no_cells() -> None:
+    weight = np.random.default_rng(8).standard_normal((6, 16))
+    plain, cells = candidates([weight.T @ weight, np.zeros((16, 16))], np.ones(4), 0.1, 2)
+    assert math.isinf(plain.harm)
+    assert choose([(plain, cells)]) == [plain.feedback]
+    assert candidates([np.zeros((16, 16))] * 2, np.ones(4), 0.1, 2) == ()

@@ -27,6 +27,7 @@ class FeedbackShift:
 
     Attributes:
         native: The coefficients for the native library, which computes the same.
+        cell: The side of the cells whose places are the channels (:mod:`postquant.calib.learn.cells`); 1 for none.
     """
 
     def __init__(self, feedback: Feedback, axis: int, device: torch.device) -> None:
@@ -37,6 +38,7 @@ class FeedbackShift:
             return torch.as_tensor(array.astype(np.float32), device=device)
 
         self.native = NativeFeedback(feedback)
+        self.cell = feedback.cell
         self._axis = axis
         self._order = torch.as_tensor(order, device=device)
         self._back = torch.as_tensor(np.argsort(order), device=device)

@@ -60,14 +60,11 @@ class LevelQuantize(torch.autograd.Function):
         ctx.layout = _Layout.of(x, axis)
         ctx.native = native_levels.usable(x, levels)
         if ctx.native:
-            kept = None if mask is None else ctx.layout.split(mask)
-            coefficients = None if shift is None else shift.native
-            simulated, places = native_levels.simulate(ctx.layout.split(x), levels, kept, coefficients)
-            ctx.save_for_backward(places, levels, kept)
-            joined: Tensor = ctx.layout.join(simulated)
-            return joined
+            simulated, places = _native(x, levels, mask, ctx.layout, shift)
+            ctx.save_for_backward(places, levels, None if mask is None else ctx.layout.split(mask))
+            return simulated
         if shift is not None:
-            x = x - shift(x, levels, mask)
+            x = x - _shifted(x, levels, mask, shift)
         simulated, places = _simulate(ctx.layout.split(x), levels)
         ctx.save_for_backward(places, levels, None if mask is None else ctx.layout.split(mask))
         result = ctx.layout.join(simulated)
@@ -95,6 +92,41 @@ def level_quantize(
 
 
 _apply: Callable[..., Tensor] = LevelQuantize.apply
+
+
+def _native(
+    x: Tensor, levels: Tensor, mask: Tensor | None, layout: _Layout, shift: FeedbackShift | None
+) -> tuple[Tensor, Tensor]:
+    """The simulation by the library, and the places that its gradients ask for, as the layout splits them."""
+    cell = 1 if shift is None else shift.cell
+    if shift is None or cell == 1:
+        kept = None if mask is None else layout.split(mask)
+        simulated, places = native_levels.simulate(
+            layout.split(x), levels, kept, None if shift is None else shift.native
+        )
+        return layout.join(simulated), places
+    cells, there = in_cells(x, cell), _existing(x, mask, cell)
+    inner = _Layout.of(cells, layout.axis)
+    kept = None if there is None else inner.split(there)
+    rows = levels.repeat(cell * cell, 1)
+    simulated, places = native_levels.simulate(inner.split(cells), rows, kept, shift.native)
+    # Behind the feedback a place is one of its channel, wherever it lies.
+    back = layout.split(out_of_cells(inner.join(places), cell, x)).contiguous()
+    return out_of_cells(inner.join(simulated), cell, x), back
+
+
+def _shifted(x: Tensor, levels: Tensor, mask: Tensor | None, shift: FeedbackShift) -> Tensor:
+    """What feedback takes off x."""
+    if shift.cell == 1:
+        return shift(x, levels, mask)
+    rows = levels.repeat(shift.cell**2, 1)
+    found = shift(in_cells(x, shift.cell), rows, _existing(x, mask, shift.cell))
+    return out_of_cells(found, shift.cell, x)
+
+
+def _existing(x: Tensor, mask: Tensor | None, cell: int) -> Tensor | None:
+    """The mask in cells, 0 where cells have no place."""
+    return existing_places(x, cell) if mask is None else in_cells(mask, cell)
 
 
 def _simulate(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,7 +267,6 @@ class LevelsActivation:
         self.scale = _Gaps(torch.as_tensor(levels, device=device))
         feedback, axis = quantizer.feedback, quantizer.table_axis
         self._shift = None if feedback is None or axis is None else FeedbackShift(feedback, axis, device)
-        self._cell = 1 if feedback is None else feedback.cell
 
     def advance(self, share: float) -> None:
         """Told the share of the iterations that are done: nothing changes."""
@@ -247,15 +278,8 @@ class LevelsActivation:
 
     def simulate(self, x: Tensor, masks: DropMasks | None) -> Tensor:
         """``x`` behind the quantizer; where ``masks`` drops, it stays float."""
-        levels, axis, cell = self.scale.levels(), self._quantizer.table_axis, self._cell
-        if cell == 1:
-            return level_quantize(x, levels, None if masks is None else masks.like(x), axis, self._shift)
-        cells, exists = in_cells(x, cell), existing_places(x, cell)
-        mask = exists if masks is None else masks.like(cells)
-        if masks is not None and mask is not None and exists is not None:
-            mask = mask * exists
-        found = level_quantize(cells, levels.repeat(cell * cell, 1), mask, axis, self._shift)
-        return out_of_cells(found, cell, x)
+        mask, levels = None if masks is None else masks.like(x), self.scale.levels()
+        return level_quantize(x, levels, mask, self._quantizer.table_axis, self._shift)
 
     def learned(self) -> TensorQuantizer:
         """The quantizer with the learned levels."""

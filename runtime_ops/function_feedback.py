@@ -65,11 +65,12 @@ _SORTED = """
     table_row = Mod (by_group, table_total)
     row_levels = Gather <axis = 0> (levels, table_row)
     code_dims = Concat <axis = 0> (row_total, axis_one)
-    row_codes = Expand (code, code_dims)
+    some_code = Slice (code, axis_zero, axis_one)
+    every_code = Concat <axis = 0> (code, some_code)
+    row_codes = Expand (every_code, code_dims)
     left_real = Cast <to = 1> (left)
     left_turned = Transpose <perm = [1, 0]> (left_real)
-    any_left = Gather <axis = 0> (left_turned, channel)
-    row_left = Mul (any_left, weight)
+    row_left = Gather <axis = 0> (left_turned, channel)
     left_column = Unsqueeze (left_scale, axis_one)
     right_real = Cast <to = 1> (right)
     row_right = Gather <axis = 0> (right_real, channel)
@@ -83,31 +84,102 @@ _SORTED = """
     highest = Constant <value_float = 255.0> ()
 """
 
-# x as rows, and the codes of them.
+# The rows of x, whose order is that of the channels: codes of positions, NO_CODE where a cell has no place. Below
+# there is the way back; of an If whose condition is a constant, onnxruntime keeps the one branch that is taken.
 _VIEW = """
+    cell = Constant <value_int: int = @cell> ()
+    is_place = Equal (cell, one)
     x_dims = Shape (x)
     axis_number = Constant <value_int: int = @axis> ()
     at = Unsqueeze (axis_number, axis_zero)
     outer_dims = Slice (x_dims, axis_zero, at)
     some_outer = Concat <axis = 0> (outer_dims, axis_one)
     outer = ReduceProd (some_outer)
-    last_dims = Slice (x_dims, at, end)
-    behind = ReduceProd (last_dims)
-    inner = Div (behind, channel_total)
-    view_dims = Concat <axis = 0> (outer, channel_total, inner)
-    view = RESHAPE (x, view_dims)
-    turned = Transpose <perm = [1, 0, 2]> (view)
-    turned_dims = Shape (turned)
-    sorted_x = Gather <axis = 0> (turned, channel)
-    x_rows = Flatten <axis = 1> (sorted_x)
-    x_index = Cast <to = 6> (x_rows)
+    x_index, exists, turned_dims, whole_dims = If (is_place) <
+        then_branch = places () => (int32[?, ?] place_index, float[?, ?] place_exists,
+                                    int64[3] place_dims, int64[3] view_dims) {
+            last_dims = Slice (x_dims, at, end)
+            behind = ReduceProd (last_dims)
+            inner = Div (behind, channel_total)
+            view_dims = Concat <axis = 0> (outer, channel_total, inner)
+            view = RESHAPE (x, view_dims)
+            turned = Transpose <perm = [1, 0, 2]> (view)
+            place_dims = Shape (turned)
+            sorted_x = Gather <axis = 0> (turned, channel)
+            x_rows = Flatten <axis = 1> (sorted_x)
+            place_index = Cast <to = 6> (x_rows)
+            place_exists = Identity (weight)
+        },
+        else_branch = cells () => (int32[?, ?] cell_index, float[?, ?] cell_exists,
+                                   int64[6] cell_dims, int64[4] padded_dims) {
+            no_code = Cast <to = 6> (code_count)
+            wide_x = Cast <to = 6> (x)
+            any_dims = Concat <axis = 0> (axis_one, axis_one, x_dims)
+            plane_axes = Constant <value_ints = [-3]> ()
+            plane_dims = Slice (any_dims, plane_axes, end)
+            flat_dims = Concat <axis = 0> (outer, plane_dims)
+            view = RESHAPE (wide_x, flat_dims)
+
+            sides = Constant <value_ints = [-2]> ()
+            sizes = Slice (plane_dims, sides, end)
+            below = Neg (sizes)
+            missing = Mod (below, cell)
+            no_pads = Constant <value_ints = [0, 0, 0, 0, 0, 0]> ()
+            pads = Concat <axis = 0> (no_pads, missing)
+            padded = Pad (view, pads, no_code)
+            padded_dims = Shape (padded)
+
+            padded_sizes = Slice (padded_dims, axis_two, end)
+            square_counts = Div (padded_sizes, cell)
+            count_column = Unsqueeze (square_counts, axis_one)
+            column_dims = Constant <value_ints = [2, 1]> ()
+            cell_column = Expand (cell, column_dims)
+            pairs = Concat <axis = 1> (count_column, cell_column)
+            pair_dims = Reshape (pairs, last)
+            first_dims = Slice (padded_dims, axis_zero, axis_two)
+            split_dims = Concat <axis = 0> (first_dims, pair_dims)
+            split = RESHAPE (padded, split_dims)
+            turned = Transpose <perm = [3, 5, 1, 0, 2, 4]> (split)
+            cell_dims = Shape (turned)
+            rows = Flatten <axis = 3> (turned)
+
+            cell_index = Gather <axis = 0> (rows, channel)
+            is_code = Less (cell_index, no_code)
+            real_code = Cast <to = 1> (is_code)
+            cell_exists = Mul (real_code, weight)
+        }
+    >
     small_codes = GatherElements <axis = 1> (row_codes, x_index)
     codes = Cast <to = 1> (small_codes)
 """
 
+_BACK = """
+    y_rows = Gather <axis = 0> (all_levels, places_of_channels)
+    y = If (is_place) <
+        then_branch = of_places () => (uint8[] y_places) {
+            y_turned = RESHAPE (y_rows, turned_dims)
+            y_view = Transpose <perm = [1, 0, 2]> (y_turned)
+            y_places = RESHAPE (y_view, x_dims)
+        },
+        else_branch = of_cells () => (uint8[] y_cells) {
+            front_axes = Constant <value_ints = [0, 1]> ()
+            y_row_planes = Unsqueeze (y_rows, front_axes)
+            y_turned = RESHAPE (y_row_planes, turned_dims)
+            y_split = Transpose <perm = [3, 2, 4, 0, 5, 1]> (y_turned)
+            y_padded = RESHAPE (y_split, whole_dims)
+            corner = Constant <value_ints = [0, 0]> ()
+            last_axes = Constant <value_ints = [-2]> ()
+            all_sizes = Slice (x_dims, last_axes, end)
+            size_axes = Constant <value_ints = [2, 3]> ()
+            y_view = Slice (y_padded, corner, all_sizes, size_axes)
+            y_cells = RESHAPE (y_view, x_dims)
+        }
+    >
+"""
+
 _ROUNDS = """
     no_sum = Constant <value = float[1, 1] {0.0}> ()
-    no_levels = Slice (x_rows, axis_zero, axis_zero)
+    no_levels = Slice (small_codes, axis_zero, axis_zero)
     always = Less (zero, one)
     last_sum, all_levels = Loop (rounds, always, no_sum, no_levels) <
         body = round (int64 i, bool go, float[?, ?] sum, uint8[?, ?] found)
@@ -121,6 +193,7 @@ _ROUNDS = """
             its_left = Slice (row_left, from, to)
             its_right = Slice (row_right, from, to)
             its_scale = Slice (row_scale, from, to)
+            its_weight = Slice (exists, from, to)
 
             scaled = Mul (sum, left_column)
             rounded = Round (scaled)
@@ -136,7 +209,8 @@ _ROUNDS = """
             found_after = Concat <axis = 0> (found, level)
             real_level = Cast <to = 1> (level)
             difference = Sub (real_level, its_codes)
-            errors = Clip (difference, least, largest)
+            any_errors = Clip (difference, least, largest)
+            errors = Mul (any_errors, its_weight)
             sum_after = Gemm <transA = 1> (its_left, errors, sum)
         }
     >
@@ -145,7 +219,7 @@ _ROUNDS = """
 _TEXT = (
     """
 <domain: "ai.postquant", opset_import: ["" : OPSET]>
-FeedbackRequantize <axis>
+FeedbackRequantize <axis, cell>
     (x, x_scale, x_zero_point, scale, zero_point, table, group, left, left_scale, right, right_scale) => (y) {
 """
     + CODES
@@ -157,10 +231,6 @@ FeedbackRequantize <axis>
     + _SORTED
     + _VIEW
     + _ROUNDS
-    + """
-    y_rows = Gather <axis = 0> (all_levels, places_of_channels)
-    y_turned = RESHAPE (y_rows, turned_dims)
-    y_view = Transpose <perm = [1, 0, 2]> (y_turned)
-    y = RESHAPE (y_view, x_dims)
-}"""
+    + _BACK
+    + "}"
 )

@@ -230,6 +230,7 @@ class FeedbackRequantize(OpRun):
         right: Array,
         right_scale: Array,
         axis: int,
+        cell: int = 1,
     ) -> tuple[Array]:
-        feedback = Feedback(group, left, left_scale, right, right_scale)
+        feedback = Feedback(group, left, left_scale, right, right_scale, cell)
         return (feedback_requantize(x, x_scale, x_zero_point, scale, zero_point, table, feedback, axis),)

@@ -6,7 +6,7 @@ itself, because every emitted model carries function bodies, from which onnx inf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx
 from onnx.defs import OpSchema
@@ -27,6 +27,7 @@ def make_schema(
     attributes: Sequence[tuple[str, OpSchema.AttrType, str]],
     types: dict[str, list[str]],
     infer: Callable[[InferenceContext], None],
+    defaults: Mapping[str, int] | None = None,
 ) -> OpSchema:
     """A schema of version 1 whose inputs are all present and whose attributes are all written.
 
@@ -38,6 +39,7 @@ def make_schema(
         attributes: Name, type and description of each.
         types: Type variables and what they stand for.
         infer: Type and shape inference.
+        defaults: What an attribute is in a node of an older file, which does not have it. Functions know no defaults.
     """
     schema = OpSchema(
         name,
@@ -47,22 +49,30 @@ def make_schema(
         inputs=[OpSchema.FormalParameter(n, t, description=d) for n, t, d in inputs],
         outputs=[OpSchema.FormalParameter(n, t, description=d) for n, t, d in outputs],
         type_constraints=[(n, allowed, "") for n, allowed in types.items()],
-        attributes=[OpSchema.Attribute(n, kind, d, required=True) for n, kind, d in attributes],
+        attributes=[_attribute(n, kind, d, (defaults or {}).get(n)) for n, kind, d in attributes],
     )
     schema.set_type_and_shape_inference_function(infer)
     return schema
 
 
+def _attribute(name: str, kind: OpSchema.AttrType, description: str, default: int | None) -> OpSchema.Attribute:
+    if default is None:
+        return OpSchema.Attribute(name, kind, description, required=True)
+    return OpSchema.Attribute(name, onnx.helper.make_attribute(name, default), description)
+
+
 # -- inference -----------------------------------------------------------------------------------------------------
 
 
-def ints_of(context: InferenceContext, name: str) -> list[int]:
-    """An integer attribute (one number) or an attribute of integers.
+def ints_of(context: InferenceContext, name: str, default: int | None = None) -> list[int]:
+    """An integer attribute (one number, the default if it is missing) or an attribute of integers.
 
     Raises:
-        InferenceError: If it is missing.
+        InferenceError: If it is missing, and has no default.
     """
     attribute = context.get_attribute(name)
+    if attribute is None and default is not None:
+        return [default]
     if attribute is None:
         raise InferenceError(f"attribute {name} is missing")
     if attribute.type == onnx.AttributeProto.INT:

@@ -6,6 +6,7 @@ from onnx import TensorProto
 from onnx.defs import OpSchema
 from onnx.shape_inference import InferenceContext, InferenceError
 
+from postquant.runtime_ops.law_feedback import CELL_AXIS, LARGEST_CELL
 from postquant.runtime_ops.law_levels import FIRST_AXIS
 from postquant.runtime_ops.schema import Dim, dims_of, ints_of, make_schema, set_output
 
@@ -30,6 +31,7 @@ _LEVELS = [
     ("table", _UINT8, "(C, n): sorted levels of each channel, 2 to 16; C of 1: of all."),
 ]
 _AXIS = ("axis", OpSchema.AttrType.INT, "The channels' axis, counted from the last one: -8 to -1.")
+_CELL = ("cell", OpSchema.AttrType.INT, "n, 1 to 8: a point is a square of n by n places; 1 where it is not written.")
 _CODE_RANGE = [
     ("qmin", OpSchema.AttrType.INT, "Smallest code, at least 0."),
     ("qmax", OpSchema.AttrType.INT, "Largest code, at most 255."),
@@ -121,16 +123,17 @@ def feedback_requantize() -> OpSchema:
         "Quantizes codes again, to few levels, groups of channels one after the other; each makes up for the errors.",
         inputs=[
             *_LEVELS,
-            ("group", _UINT8, "(C,): when each channel is rounded, 0 to 7."),
-            ("left", _INT8, "(R, C): coefficients of the errors of all channels at a point."),
+            ("group", _UINT8, "(n n C,): when each channel of a point is rounded, 0 to 7."),
+            ("left", _INT8, "(R, n n C): coefficients of the errors of all channels at a point."),
             ("left_scale", _FLOAT, "(R,)."),
-            ("right", _INT8, "(C, R)."),
-            ("right_scale", _FLOAT, "(C,)."),
+            ("right", _INT8, "(n n C, R)."),
+            ("right_scale", _FLOAT, "(n n C,)."),
         ],
         outputs=[("y", _UINT8, "The shape of x.")],
-        attributes=[_AXIS],
+        attributes=[_AXIS, _CELL],
         types={},
         infer=_infer_feedback,
+        defaults={"cell": 1},
     )
 
 
@@ -161,7 +164,18 @@ def _infer_feedback(context: InferenceContext) -> None:
     table, group = _check_table(context), dims_of(context, 6)
     if group is not None and len(group) != 1:
         raise InferenceError(f"the groups of channels have one dimension, not the shape {group}")
+    cell, axis = ints_of(context, "cell", 1)[0], ints_of(context, "axis")[0]
+    if not 1 <= cell <= LARGEST_CELL:
+        raise InferenceError(f"cell {cell} is not the side of a square of places: 1 to {LARGEST_CELL}")
+    if cell > 1 and axis != CELL_AXIS:
+        raise InferenceError(f"cells are those of planes: axis {CELL_AXIS}, not {axis}")
     channels = None if group is None else group[0]
+    if isinstance(channels, int):
+        if channels % cell**2:
+            raise InferenceError(f"{channels} channels are not those of whole cells of {cell}")
+        channels //= cell**2
+    elif cell > 1:
+        channels = None
     rows = None if table is None else table[0]
     if isinstance(channels, int) and isinstance(rows, int) and rows not in (1, channels):
         raise InferenceError(f"levels of {rows} channels are not those of {channels}")

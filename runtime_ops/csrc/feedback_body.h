@@ -8,6 +8,7 @@
 
 #include "adaptive_body.h"
 #include "border_across_body.h"
+#include "feedback_cells_body.h"
 #include "levels_body.h"
 #include "quantize_kernels.h"
 #include "quantize_lanes.h"
@@ -305,13 +306,18 @@ inline void Aims(const FeedbackPlan& plan, const std::int16_t* inner, std::size_
 
 void Feedback(const FeedbackPlan& plan, const FeedbackTile& tile, const FeedbackScratch& scratch,
               const std::uint8_t* x, std::uint8_t* y) {
-  const bool turned = tile.channel_step == 1;
-  const bool whole = tile.runs == 1 && tile.run[0].count == kTilePositions && !turned;
+  const bool cells = plan.cell > 1;
+  const bool turned = !cells && tile.channel_step == 1;
+  const bool kept = cells || turned;  // all rows are made at first, and brought back at last
+  const bool whole = tile.runs == 1 && tile.run[0].count == kTilePositions && !kept;
+  const std::size_t place_channels = cells ? plan.channels / (plan.cell * plan.cell) : plan.channels;
   std::uint8_t row[kTilePositions] = {};
   std::uint8_t codes[kTogether * kTilePositions];
   std::uint8_t aims[kTogether * kTilePositions];
   if (turned) {
     Turn(x + tile.run[0].first, plan.channels, tile.runs, plan.channels, scratch.rows, kTilePositions);
+  } else if (cells) {
+    GatherCells(plan, tile, x, scratch.rows);
   }
   const std::int16_t* left = plan.left;
   std::size_t begin = 0;
@@ -322,10 +328,10 @@ void Feedback(const FeedbackPlan& plan, const FeedbackTile& tile, const Feedback
       const std::size_t count = end - i < kTogether ? end - i : kTogether;
       for (std::size_t k = 0; k < count; ++k) {
         const std::size_t channel = plan.order[i + k];
-        const std::uint8_t* from = turned ? scratch.rows + channel * kTilePositions : row;
+        const std::uint8_t* from = kept ? scratch.rows + channel * kTilePositions : row;
         if (whole) {
           from = x + tile.run[0].first + channel * tile.channel_step;
-        } else if (!turned) {
+        } else if (!kept) {
           GatherRow(tile, x + channel * tile.channel_step, row);
         }
         LevelCodes(plan, from, codes + k * kTilePositions);
@@ -335,15 +341,20 @@ void Feedback(const FeedbackPlan& plan, const FeedbackTile& tile, const Feedback
       }
       for (std::size_t k = 0; k < count; ++k) {
         const std::size_t channel = plan.order[i + k];
-        std::uint8_t* to = turned ? scratch.rows + channel * kTilePositions : row;
+        const std::size_t map = (cells ? channel % place_channels : channel) * plan.map_step;
+        std::uint8_t* to = kept ? scratch.rows + channel * kTilePositions : row;
         if (whole) {
           to = y + tile.run[0].first + channel * tile.channel_step;
         }
-        Levels((group > 0 ? aims : codes) + k * kTilePositions, kTilePositions, plan.maps[channel * plan.map_step], to);
+        Levels((group > 0 ? aims : codes) + k * kTilePositions, kTilePositions, plan.maps[map], to);
         if (!last) {
-          Errors(to, codes + k * kTilePositions, scratch.errors + (i + k - begin) * kTilePositions);
+          std::int16_t* const errors = scratch.errors + (i + k - begin) * kTilePositions;
+          Errors(to, codes + k * kTilePositions, errors);
+          if (!tile.whole_cells) {
+            ClearBeyond(tile, channel / place_channels / plan.cell, channel / place_channels % plan.cell, errors);
+          }
         }
-        if (!whole && !turned) {
+        if (!whole && !kept) {
           ScatterRow(tile, row, y + channel * tile.channel_step);
         }
       }
@@ -357,6 +368,8 @@ void Feedback(const FeedbackPlan& plan, const FeedbackTile& tile, const Feedback
   }
   if (turned) {
     Turn(scratch.rows, kTilePositions, plan.channels, tile.runs, y + tile.run[0].first, plan.channels);
+  } else if (cells) {
+    ScatterCells(plan, tile, scratch.rows, y);
   }
 }
 

@@ -28,7 +28,7 @@ void CheckRows(const Identity& identity, const Tensor& matrix, std::size_t input
   }
 }
 
-void Check(const Identity& identity, const Tensors& inputs) {
+void Check(const Identity& identity, std::size_t cell, const Tensors& inputs) {
   CheckLevels(identity, inputs);
   const Tensor& group = inputs[kFeedbackGroup];
   if (group.shape.rank() != 1 || group.shape[0] < kFewestChannels) {
@@ -36,10 +36,15 @@ void Check(const Identity& identity, const Tensors& inputs) {
                                            std::to_string(kFewestChannels));
   }
   const std::int64_t channels = group.shape[0];
+  const auto places = static_cast<std::int64_t>(cell * cell);
+  if (channels % places != 0) {
+    identity.FailInput(kFeedbackGroup, "has shape " + group.shape.Text() + ", expected a multiple of " +
+                                           std::to_string(places) + " for cells of " + std::to_string(cell));
+  }
   const std::int64_t rows = inputs[kLevelTable].shape[0];
-  if (rows != 1 && rows != channels) {
+  if (rows != 1 && rows != channels / places) {
     identity.FailInput(kLevelTable, "has shape " + inputs[kLevelTable].shape.Text() + ", expected 1 or " +
-                                        std::to_string(channels) + " rows");
+                                        std::to_string(channels / places) + " rows");
   }
   const Shape& left = inputs[kFeedbackLeft].shape;
   if (left.rank() != 2 || left[0] < 1 || left[1] != channels) {
@@ -65,8 +70,9 @@ void Check(const Identity& identity, const Tensors& inputs) {
 }  // namespace
 
 FeedbackCoefficients::FeedbackCoefficients(const Identity& identity, const quantize::Kernels& kernels,
-                                           const Tensors& inputs) {
-  Check(identity, inputs);
+                                           std::size_t cell, const Tensors& inputs) {
+  Check(identity, cell, inputs);
+  plan_.cell = cell;
   plan_.channels = inputs[kFeedbackGroup].count;
   plan_.rank = inputs[kFeedbackLeftScale].count;
   SortChannels(inputs[kFeedbackGroup].As<std::uint8_t>());

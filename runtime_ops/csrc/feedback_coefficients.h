@@ -24,7 +24,8 @@ enum FeedbackInput : std::size_t {
 class FeedbackCoefficients {
  public:
   // OperatorError if an input breaks its contract. The inputs must outlive this.
-  FeedbackCoefficients(const Identity& identity, const quantize::Kernels& kernels, const Tensors& inputs);
+  FeedbackCoefficients(const Identity& identity, const quantize::Kernels& kernels, std::size_t cell,
+                       const Tensors& inputs);
 
   FeedbackCoefficients(const FeedbackCoefficients&) = delete;
   FeedbackCoefficients& operator=(const FeedbackCoefficients&) = delete;

@@ -123,6 +123,24 @@ std::int64_t NodeInfo::Int(const char* name, std::int64_t least, std::int64_t mo
   return value;
 }
 
+std::int64_t NodeInfo::IntOr(std::int64_t absent, const char* name, std::int64_t least, std::int64_t most) const {
+  return Has(name) ? Int(name, least, most) : absent;
+}
+
+// onnxruntime does not tell an attribute that is missing from one of another type, of which it has many getters.
+bool NodeInfo::Has(const char* name) const {
+  const OrtApi* const api = identity_.api;
+  std::int64_t integer = 0;
+  float number = 0;
+  std::size_t length = 0;
+  std::size_t count = 0;
+  Reason(api, abi::GetStringAttribute::Call(api, info_, name, static_cast<char*>(nullptr), &length));
+  return length != 0 || Reason(api, abi::GetIntAttribute::Call(api, info_, name, &integer)).empty() ||
+         Reason(api, abi::GetFloatAttribute::Call(api, info_, name, &number)).empty() ||
+         Reason(api, abi::GetIntsAttribute::Call(api, info_, name, static_cast<std::int64_t*>(nullptr), &count))
+             .empty();
+}
+
 std::vector<std::int64_t> NodeInfo::Ints(const char* name, std::int64_t least, std::int64_t most) const {
   std::size_t size = 0;
   std::vector<std::int64_t> values;

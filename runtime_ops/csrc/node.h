@@ -54,8 +54,9 @@ class NodeInfo {
   NodeInfo(const OrtApi* api, const Signature& signature, const OrtKernelInfo* info);
 
   const Identity& identity() const { return identity_; }
-  // Attributes; all of them are required.
+  // Attributes; all of them are required but those of which there is another number to take.
   std::int64_t Int(const char* name, std::int64_t least, std::int64_t most) const;
+  std::int64_t IntOr(std::int64_t absent, const char* name, std::int64_t least, std::int64_t most) const;
   std::vector<std::int64_t> Ints(const char* name, std::size_t count, std::int64_t least, std::int64_t most) const;
   std::vector<std::int64_t> Ints(const char* name, std::int64_t least, std::int64_t most) const;
   float Float(const char* name) const;  // finite
@@ -63,6 +64,9 @@ class NodeInfo {
   bool Constant(std::size_t input, Tensor* out) const;
 
  private:
+  // Whether there is an attribute of a number, a text or integers.
+  bool Has(const char* name) const;
+
   Identity identity_;
   const OrtKernelInfo* info_;
 };

@@ -115,6 +115,9 @@ using GetSymbolicDimensions = Entry<63, OrtStatus*(const ShapeInfo*, const char*
 using GetTensorTypeAndShape = Entry<65, OrtStatus*(const OrtValue*, ShapeInfo** out)>;
 using GetFloatAttribute = Entry<85, OrtStatus*(const OrtKernelInfo*, const char* name, float* out)>;
 using GetIntAttribute = Entry<86, OrtStatus*(const OrtKernelInfo*, const char* name, std::int64_t* out)>;
+// With a null `out` it returns the length only, which counts the final 0.
+using GetStringAttribute =
+    Entry<87, OrtStatus*(const OrtKernelInfo*, const char* name, char* out, std::size_t* size)>;
 using GetInput = Entry<90, OrtStatus*(const OrtKernelContext*, std::size_t index, const OrtValue** out)>;
 using GetOutput =
     Entry<91, OrtStatus*(OrtKernelContext*, std::size_t index, const std::int64_t* dims, std::size_t rank, OrtValue**)>;

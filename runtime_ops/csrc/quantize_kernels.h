@@ -68,13 +68,15 @@ struct LevelRows {
 
 // FeedbackRequantize: all numbers, with channels in the order of their groups.
 constexpr std::size_t kFeedbackGroups = 8;
+constexpr std::size_t kLargestCell = 8;
 struct FeedbackPlan {
-  std::size_t channels;
+  std::size_t channels;               // at a position
+  std::size_t cell;                   // a position is a square of this side; all channels of its first place, then ...
   std::size_t rank;
   std::size_t groups;                 // those with channels
   std::size_t ends[kFeedbackGroups];  // where they end in the order
   const std::size_t* order;           // [channels]: their numbers
-  const LevelMap* maps;               // [channels, by number], or one; of codes on the levels' grid
+  const LevelMap* maps;               // [channels of a place, by number], or one; of codes on the levels' grid
   std::size_t map_step;               // 0 for one
   const std::int16_t* left;           // for one group after the other: [rank][Even(size)]
   const float* left_scale;            // [rank]
@@ -95,9 +97,14 @@ constexpr std::size_t kTilePositions = 64;
 struct FeedbackRun {
   std::size_t first;  // element of channel 0
   std::size_t count;
+  // Cells beyond the plane: rows of places that there are in all of them, and columns in the last one.
+  std::size_t rows;
+  std::size_t columns;
 };
 struct FeedbackTile {
   std::size_t channel_step;  // elements from one channel to the next
+  std::size_t row_step;      // from one row of places to the next, where there are cells
+  bool whole_cells;          // no cell is beyond its plane
   std::size_t runs;
   FeedbackRun run[kTilePositions];
 };
@@ -107,7 +114,7 @@ struct FeedbackScratch {
   std::int32_t* sums;    // [rank][kTilePositions]
   std::int16_t* inner;   // [Even(rank)][kTilePositions]
   std::int16_t* errors;  // [channels of the largest group][kTilePositions]
-  std::uint8_t* rows;    // [channels][kTilePositions] if channel_step is 1
+  std::uint8_t* rows;    // [channels][kTilePositions] if channel_step is 1, or cells are larger than 1
 };
 
 // For fewer elements of a channel, or channels of a row, than this a call is not worth it: look up each element.

@@ -159,6 +159,7 @@ FeedbackPlan MakePlan(const PostquantFeedback& from, std::size_t channels, const
                       const LevelMap* maps) {
   FeedbackPlan plan{};
   plan.channels = channels;
+  plan.cell = 1;
   plan.rank = static_cast<std::size_t>(from.rank);
   plan.groups = static_cast<std::size_t>(from.groups);
   std::transform(from.ends, from.ends + from.groups, plan.ends, [](std::int64_t end) {

@@ -39,7 +39,7 @@ Reals = npt.NDArray[np.float64]
 # In units of the mean of H's diagonal (docs/learning.md, "Error feedback").
 _DAMPING = 0.1
 # Share of the trace of H that its smallest eigenvalues may have together to be left out.
-_LEFT_OUT = 0.01
+_LEFT_OUT = 0.03
 # The largest code of the operator's coefficients and of the sums that it carries, and how many deviations of a sum,
 # were errors independent, it stands for.
 _LARGEST = 127

@@ -1,12 +1,16 @@
 """Function body of FeedbackRequantize: standard ONNX operators, from opset 13 on.
 
-The view of x is (C, P), so that sums over channels are one matrix product for all positions, wherever the channels are.
+The view of x is (n n C, P), so that sums over channels are one matrix product for all positions, wherever the channels
+are. An If makes it and another one undoes it, because positions that are single places are of any shape and want no
+padding: from 1.17 on onnxruntime takes the branch when it loads the model, and what is left has no trace of the other.
+
 Rows are sorted by groups, and a Loop takes the rows of one group each time, so that all groups together multiply as
 often as one that had all channels. Its body stands in the model once: onnxruntime plans the memory of every graph in a
 time that grows with the square of its operators, and a network has this body for every layer.
 
 A group may be empty, which no product of matrices need know: every group has one row more than channels, behind them,
-whose errors count for nothing and whose levels are forgotten.
+whose errors count for nothing and whose levels are forgotten. So it is with the places of cells beyond their planes:
+they are padded with a code that there is not, 256, and the errors of all rows are multiplied by what exists.
 
 Integers are in float32, in which their sums are exact. Everything that does not depend on x is computed when
 onnxruntime loads the model: the levels of all codes (:mod:`postquant.runtime_ops.function_levels`), the order of the
@@ -84,8 +88,8 @@ _SORTED = """
     highest = Constant <value_float = 255.0> ()
 """
 
-# The rows of x, whose order is that of the channels: codes of positions, NO_CODE where a cell has no place. Below
-# there is the way back; of an If whose condition is a constant, onnxruntime keeps the one branch that is taken.
+# x as rows in the order of the groups, what of them exists, and their codes. Dimensions are taken from x wherever they
+# can be, so that the shapes of the branch that is not taken fit together as well.
 _VIEW = """
     cell = Constant <value_int: int = @cell> ()
     is_place = Equal (cell, one)
@@ -153,6 +157,7 @@ _VIEW = """
     codes = Cast <to = 1> (small_codes)
 """
 
+# Opset 13 takes a dimension of 0 from its place in what it reshapes: the last one of the rows has to be the fourth.
 _BACK = """
     y_rows = Gather <axis = 0> (all_levels, places_of_channels)
     y = If (is_place) <

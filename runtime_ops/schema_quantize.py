@@ -28,7 +28,7 @@ _LEVELS = [
     ("x_zero_point", _UINT8, "Scalar."),
     ("scale", _FLOAT, "Scalar, > 0: the step of the levels."),
     ("zero_point", _UINT8, "Scalar: the level of 0."),
-    ("table", _UINT8, "(C, n): sorted levels of each channel, 2 to 16; C of 1: of all."),
+    ("table", _UINT8, "(C, m): sorted levels of each channel, 2 to 16; C of 1: of all."),
 ]
 _AXIS = ("axis", OpSchema.AttrType.INT, "The channels' axis, counted from the last one: -8 to -1.")
 _CELL = ("cell", OpSchema.AttrType.INT, "n, 1 to 8: a point is a square of n by n places; 1 where it is not written.")

@@ -21,6 +21,7 @@ from onnx.reference import ReferenceEvaluator
 
 from postquant.runtime_ops import ops
 from postquant.runtime_ops.integer import Affine
+from postquant.runtime_ops.law_feedback import Feedback, feedback_requantize
 from postquant.runtime_ops.schema import DOMAIN, VERSION
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -261,6 +262,49 @@ class Operators:
 def operators() -> Operators:
     """Models of single operators of ``ai.postquant``."""
     return Operators()
+
+
+class Feedbacks:
+    """Random inputs of FeedbackRequantize, and its law."""
+
+    def constants(
+        self, rng: np.random.Generator, channels: int, rank: int, *, rows: int = 1, count: int = 4
+    ) -> dict[str, npt.NDArray[Any]]:
+        """All inputs but x, with shifts that reach from small ones to those beyond the limits.
+
+        Args:
+            rng: Source of numbers.
+            channels: Of a position.
+            rank: Of the coefficients.
+            rows: Of the table.
+            count: Levels.
+        """
+        return {
+            "x_scale": np.asarray(0.031, np.float32),
+            "x_zero_point": np.asarray(13, np.uint8),
+            "scale": np.asarray(0.043, np.float32),
+            "zero_point": np.asarray(7, np.uint8),
+            "table": np.sort(rng.integers(0, 256, (rows, count)), axis=1).astype(np.uint8),
+            "group": rng.integers(0, 8, channels).astype(np.uint8),
+            "left": rng.integers(-127, 128, (rank, channels)).astype(np.int8),
+            "left_scale": rng.uniform(0, 0.02, rank).astype(np.float32),
+            "right": rng.integers(-127, 128, (channels, rank)).astype(np.int8),
+            "right_scale": rng.uniform(-0.02, 0.02, channels).astype(np.float32),
+        }
+
+    def law(
+        self, x: npt.NDArray[Any], constants: Mapping[str, npt.NDArray[Any]], axis: int, cell: int = 1
+    ) -> npt.NDArray[Any]:
+        """The law of the inputs of a node."""
+        inputs: dict[str, Any] = dict(constants)
+        parts = {name: inputs.pop(name) for name in ("group", "left", "left_scale", "right", "right_scale")}
+        return feedback_requantize(x, **inputs, feedback=Feedback(**parts, cell=cell), axis=axis)
+
+
+@pytest.fixture(scope="session")
+def feedbacks() -> Feedbacks:
+    """Inputs and law of FeedbackRequantize."""
+    return Feedbacks()
 
 
 def _build_lut_library(folder: pathlib.Path, flags: str = "-O3 -DNDEBUG") -> pathlib.Path:

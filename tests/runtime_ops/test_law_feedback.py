@@ -1,20 +1,15 @@
-"""Levels with feedback: what they are for every element, and what is left of the function body on onnxruntime."""
+"""Levels with feedback: what they are for every element, in places and in cells of places."""
 
 from __future__ import annotations
 
-import pathlib
+import itertools
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx.inliner import inline_local_functions
-from onnx.reference import ReferenceEvaluator
-from onnx.reference.op_run import OpRun
 
 from postquant.runtime_ops.errors import ModelError
 from postquant.runtime_ops.law_feedback import Feedback, feedback_requantize
@@ -28,37 +23,6 @@ NUMBERS: dict[str, Array] = {
     "scale": np.asarray(0.043, np.float32),
     "zero_point": np.asarray(7, np.uint8),
 }
-# Shape of the codes, axis.
-PLACES = [((2, 6, 5, 7), -3), ((2, 3, 40), -1), ((4, 6), -2), ((19,), -1), ((2, 1, 3, 2, 70), -3), ((0, 3, 4), -2)]
-
-
-class GatherElements(OpRun):
-    """The operator by its definition; that of onnx's evaluator knows no more than 64 elements."""
-
-    op_domain = ""
-
-    def _run(self, data: Any, indices: Any, axis: int) -> tuple[Any]:
-        return (np.take_along_axis(data, indices, axis),)
-
-
-def constants_of(rng: np.random.Generator, channels: int, rank: int, *, rows: int = 1, count: int = 4) -> Any:
-    """Random inputs, with shifts that reach from small ones to those beyond the limits."""
-    return {
-        **NUMBERS,
-        "table": np.sort(rng.integers(0, 256, (rows, count)), axis=1).astype(np.uint8),
-        "group": rng.integers(0, 8, channels).astype(np.uint8),
-        "left": rng.integers(-127, 128, (rank, channels)).astype(np.int8),
-        "left_scale": rng.uniform(0, 0.02, rank).astype(np.float32),
-        "right": rng.integers(-127, 128, (channels, rank)).astype(np.int8),
-        "right_scale": rng.uniform(-0.02, 0.02, channels).astype(np.float32),
-    }
-
-
-def by_law(x: Array, constants: Any, axis: int) -> Array:
-    """The law of the inputs of a node."""
-    inputs = dict(constants)
-    parts = {name: inputs.pop(name) for name in ("group", "left", "left_scale", "right", "right_scale")}
-    return feedback_requantize(x, **inputs, feedback=Feedback(**parts), axis=axis)
 
 
 def limited(value: float, low: int, high: int) -> int:
@@ -98,9 +62,20 @@ def one_position(stored: list[int], constants: Any) -> list[int]:
     return levels
 
 
+def only(constants: Any, exists: list[bool]) -> Any:
+    """The inputs of the channels of a cell that there are, each with the table of its channel in all."""
+    return constants | {
+        "table": np.resize(constants["table"], (len(exists), constants["table"].shape[1]))[exists],
+        "group": constants["group"][exists],
+        "left": constants["left"][:, exists],
+        "right": constants["right"][exists],
+        "right_scale": constants["right_scale"][exists],
+    }
+
+
 @settings(deadline=None)
 @given(data=st.data())
-def test_every_element_gets_the_level_of_the_specification(data: st.DataObject) -> None:
+def test_every_element_gets_the_level_of_the_specification(feedbacks: Any, data: st.DataObject) -> None:
     draw = data.draw
     shape = draw(st.lists(st.integers(1, 4), max_size=3))
     at, channels, rank = draw(st.integers(0, len(shape))), draw(st.integers(2, 7)), draw(st.integers(1, 4))
@@ -108,7 +83,7 @@ def test_every_element_gets_the_level_of_the_specification(data: st.DataObject) 
     shape.insert(at, channels)
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     rows = draw(st.sampled_from([1, channels]))
-    constants = constants_of(rng, channels, rank, rows=rows, count=draw(st.integers(2, 16)))
+    constants = feedbacks.constants(rng, channels, rank, rows=rows, count=draw(st.integers(2, 16)))
     scales = st.floats(2.0**-9, 2.0**3, width=32)
     signed = st.sampled_from([-1, 1, 0])
     constants |= {
@@ -120,26 +95,64 @@ def test_every_element_gets_the_level_of_the_specification(data: st.DataObject) 
         "right_scale": np.array([draw(scales) * draw(signed) for _ in range(channels)], np.float32),
     }
     x = rng.integers(0, 256, shape).astype(np.uint8)
-    observed = by_law(x, constants, axis)
+    observed = feedbacks.law(x, constants, axis)
     assert (observed.dtype, observed.shape) == (x.dtype, x.shape)
     columns, levels = (np.moveaxis(a, axis, -1).reshape(-1, channels).tolist() for a in (x, observed))
     for column, found in zip(columns, levels, strict=True):
         assert found == one_position(column, constants)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    ("cell", "shape"), [(2, (2, 5, 7)), (2, (3, 2, 4, 2)), (3, (2, 1, 2, 7, 5)), (5, (2, 3, 1))], ids=str
+)
+def test_every_cell_gets_the_levels_of_the_specification(
+    feedbacks: Any, cell: int, shape: tuple[int, ...], rows: int
+) -> None:
+    rng = np.random.default_rng(cell)
+    x = rng.integers(0, 256, shape).astype(np.uint8)
+    constants = feedbacks.constants(rng, cell * cell * 2, 3, rows=rows)
+    observed = feedbacks.law(x, constants, -3, cell)
+    assert (observed.dtype, observed.shape) == (x.dtype, x.shape)
+    height, width = shape[-2:]
+    for outer in np.ndindex(*shape[:-3]):
+        for top, left in itertools.product(range(0, height, cell), range(0, width, cell)):
+            places = [
+                (c, top + i, left + j) for i, j, c in itertools.product(range(cell), range(cell), range(shape[-3]))
+            ]
+            exists = [row < height and column < width for _, row, column in places]
+            at = [place for place, there in zip(places, exists, strict=True) if there]
+            levels = one_position([int(x[outer][place]) for place in at], only(constants, exists))
+            assert [int(observed[outer][place]) for place in at] == levels
+
+
+def test_cells_with_a_single_place_are_positions(feedbacks: Any) -> None:
+    """What a cell has beyond its plane is nothing to the rest of it."""
+    rng = np.random.default_rng(6)
+    x = rng.integers(0, 256, (4, 3, 1, 1)).astype(np.uint8)
+    constants = feedbacks.constants(rng, 12, 2)
+    first = {
+        "group": constants["group"][:3],
+        "left": constants["left"][:, :3],
+        "right": constants["right"][:3],
+        "right_scale": constants["right_scale"][:3],
+    }
+    np.testing.assert_array_equal(feedbacks.law(x, constants, -3, 2), feedbacks.law(x, constants | first, -3))
+
+
 @pytest.mark.parametrize("rows", [1, 6])
-def test_without_coefficients_or_with_one_group_there_is_no_feedback(rows: int) -> None:
+def test_without_coefficients_or_with_one_group_there_is_no_feedback(feedbacks: Any, rows: int) -> None:
     rng = np.random.default_rng(1)
     x = rng.integers(0, 256, (3, 6, 50)).astype(np.uint8)
-    constants = constants_of(rng, 6, 2, rows=rows)
+    constants = feedbacks.constants(rng, 6, 2, rows=rows)
     plain = lut_requantize(x, **NUMBERS, table=constants["table"], axis=-2)
-    assert (by_law(x, constants, -2) != plain).any()
+    assert (feedbacks.law(x, constants, -2) != plain).any()
     for changes in (
         {"left": np.zeros((2, 6), np.int8)},
         {"right_scale": np.zeros(6, np.float32)},
         {"group": np.full(6, 5, np.uint8)},
     ):
-        np.testing.assert_array_equal(by_law(x, constants | changes, -2), plain)
+        np.testing.assert_array_equal(feedbacks.law(x, constants | changes, -2), plain)
 
 
 def test_errors_are_made_up_for() -> None:
@@ -162,7 +175,7 @@ def test_errors_are_made_up_for() -> None:
     assert np.abs(y.astype(int) - x).max() <= 17
 
 
-def test_the_largest_coefficients_are_exact(operators: Any) -> None:
+def test_the_largest_coefficients_are_exact(operators: Any, feedbacks: Any) -> None:
     """Sums of 2^24 - 16, products beyond float32."""
     channels = 1042
     x = np.tile(np.array([[0], [255]], np.uint8), (1, channels))
@@ -179,92 +192,11 @@ def test_the_largest_coefficients_are_exact(operators: Any) -> None:
         "right_scale": np.full(channels, 3e38, np.float32),
     }
     assert np.abs(coefficients.astype(int)).sum() == 132104
-    law = by_law(x, constants, -1)
+    law = feedbacks.law(x, constants, -1)
     for row, stored in zip(law.tolist(), x.tolist(), strict=True):
         assert row == one_position(stored, constants)
-    model = operators.model("FeedbackRequantize", x, constants, {"axis": -1})
+    model = operators.model("FeedbackRequantize", x, constants, {"axis": -1, "cell": 1})
     np.testing.assert_array_equal(operators.on_onnxruntime(model, x)[0][0], law)
-
-
-@pytest.mark.parametrize("opset", [13, 17, 18, 21])
-@pytest.mark.parametrize(("shape", "axis"), PLACES, ids=str)
-def test_bodies_on_onnxruntime_and_in_the_evaluator(
-    operators: Any, shape: tuple[int, ...], axis: int, opset: int
-) -> None:
-    rng = np.random.default_rng(opset)
-    channels = shape[axis]
-    x = rng.integers(0, 256, shape).astype(np.uint8)
-    for rank, count, rows in ((1, 2, 1), (3, 4, channels), (5, 16, channels)):
-        constants = constants_of(rng, channels, rank, rows=rows, count=count)
-        law = by_law(x, constants, axis)
-        model = operators.model("FeedbackRequantize", x, constants, {"axis": axis}, opset=opset)
-        results = [operators.on_onnxruntime(model, x, optimize=optimize)[0][0] for optimize in (True, False)]
-        if opset >= 19:
-            # The evaluator does not show operators of ours to functions.
-            evaluator: Any = ReferenceEvaluator(inline_local_functions(model), new_ops=[GatherElements])
-            results += [evaluator.run(None, {"x": x})[0], operators.on_evaluator(model, x, reference=True)[0]]
-        for observed in results:
-            assert (observed.dtype, observed.shape) == (np.uint8, x.shape)
-            np.testing.assert_array_equal(observed, law)
-
-
-@pytest.mark.parametrize("opset", [13, 17, 21])
-@pytest.mark.parametrize("rows", [1, 9])
-def test_tables_and_coefficients_are_computed_when_the_model_is_loaded(
-    operators: Any, tmp_path: pathlib.Path, rows: int, opset: int
-) -> None:
-    rng = np.random.default_rng(0)
-    x = rng.integers(0, 256, (2, 9, 4, 5)).astype(np.uint8)
-    constants = constants_of(rng, 9, 3, rows=rows)
-    model = operators.model("FeedbackRequantize", x, constants, {"axis": -3}, opset=opset)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    graph = onnx.load(tmp_path / "optimized.onnx").graph
-    kinds = [node.op_type for node in graph.node]
-    assert not {"QuantizeLinear", "TopK", "Range", "Less", "Mod", "Expand", "ReduceSum", "ReduceMax"} & set(kinds)
-    # The time of loading grows with the square of their number in a network.
-    assert len(kinds) <= 25
-    stored = {tensor.name for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Gather":
-            assert node.input[1] in stored
-    (loop,) = (node for node in graph.node if node.op_type == "Loop")
-    assert loop.input[0] in stored
-    body = loop.attribute[0].g.node
-    # All but the codes of x.
-    assert [node.input[0] in stored for node in body if node.op_type == "Slice"].count(False) == 1
-    assert all(node.input[0] in stored for node in body if node.op_type == "Gather")
-
-
-@pytest.mark.parametrize("opset", [14, 18, 21])
-@pytest.mark.parametrize(("shape", "axis"), [((2, 0, 3, 4), -2), ((3, 0), -2), ((1, 3, 0, 4), -3), ((0, 0, 3), -1)])
-def test_there_may_be_no_positions(operators: Any, shape: tuple[int, ...], axis: int, opset: int) -> None:
-    """As there may be at opset 13, when the first dimension is 0."""
-    constants = constants_of(np.random.default_rng(0), 3, 2)
-    x = np.zeros(shape, np.uint8)
-    model = operators.model("FeedbackRequantize", x, constants, {"axis": axis}, opset=opset)
-    for optimize in (True, False):
-        observed = operators.on_onnxruntime(model, x, optimize=optimize)[0][0]
-        assert (observed.dtype, observed.shape) == (np.uint8, shape)
-
-
-def test_all_inputs_may_be_computed(operators: Any) -> None:
-    """Nothing of the body asks for constants."""
-    rng = np.random.default_rng(4)
-    x = rng.integers(0, 256, (2, 9, 5, 7)).astype(np.uint8)
-    constants = constants_of(rng, 9, 4, rows=9)
-    model = operators.model("FeedbackRequantize", x, constants, {"axis": -3})
-    del model.graph.initializer[:]
-    model.graph.input.extend(
-        onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim)
-        for name, value in constants.items()
-    )
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    for groups in ([0, 1, 2, 3, 4, 5, 6, 7, 0], [7] * 9, [1, 1, 0, 6, 6, 1, 0, 0, 0]):
-        constants["group"] = np.array(groups, np.uint8)
-        np.testing.assert_array_equal(session.run(None, {"x": x, **constants})[0], by_law(x, constants, -3))
 
 
 GOOD: dict[str, Any] = {
@@ -276,6 +208,15 @@ GOOD: dict[str, Any] = {
     "left_scale": np.zeros(2, np.float32),
     "right": np.zeros((3, 2), np.int8),
     "right_scale": np.zeros(3, np.float32),
+}
+
+# The same channels in cells of 2.
+IN_CELLS: dict[str, Any] = {
+    "cell": 2,
+    "group": np.zeros(12, np.uint8),
+    "left": np.zeros((2, 12), np.int8),
+    "right": np.zeros((12, 2), np.int8),
+    "right_scale": np.zeros(12, np.float32),
 }
 
 
@@ -310,16 +251,26 @@ GOOD: dict[str, Any] = {
         ({"right_scale": np.full(3, np.nan, np.float32)}, "not finite \\(input right_scale"),
         ({"axis": 0}, "attribute axis"),
         ({"axis": -3}, "3 channels on axis -3"),
+        ({"cell": 0}, "attribute cell\\): expected 1 to 8"),
+        ({"cell": 9, "axis": -3}, "attribute cell"),
+        ({"cell": 2, "axis": -3}, "attribute cell\\): expected 1 to 8, its square a divisor of 3 channels, found 2"),
+        (IN_CELLS | {"axis": -2}, "attribute axis\\): expected -3, found -2"),
+        (IN_CELLS | {"axis": -3}, "expected 3 channels on axis -3, found shape \\(2, 3, 4\\)"),
+        (IN_CELLS | {"axis": -3, "x": np.zeros((3, 4), np.uint8)}, "3 channels on axis -3"),
+        (
+            IN_CELLS | {"axis": -3, "table": np.zeros((12, 4), np.uint8)},
+            "input table\\): expected 1 or 3 rows, found 12",
+        ),
     ],
     ids=str,
 )
-def test_nodes_that_do_not_fit_are_explained(changes: dict[str, Any], words: str) -> None:
+def test_nodes_that_do_not_fit_are_explained(feedbacks: Any, changes: dict[str, Any], words: str) -> None:
     x = GOOD["x"]
-    assert by_law(x, {k: v for k, v in GOOD.items() if k != "x"}, -2).shape == x.shape
-    inputs = GOOD | {"axis": -2} | changes
-    x, axis = inputs.pop("x"), inputs.pop("axis")
+    assert feedbacks.law(x, {k: v for k, v in GOOD.items() if k != "x"}, -2).shape == x.shape
+    inputs = GOOD | {"axis": -2, "cell": 1} | changes
+    x, axis, cell = inputs.pop("x"), inputs.pop("axis"), inputs.pop("cell")
     with pytest.raises(ModelError, match=words):
-        by_law(x, inputs, axis)
+        feedbacks.law(x, inputs, axis, cell)
 
 
 @pytest.mark.parametrize("name", ["left", "right"])

@@ -341,8 +341,9 @@ class Nodes:
         self, rng: np.random.Generator, *, rank: int = 3, rows: int | None = None, groups: Any = range(8), **levels: Any
     ) -> Node:
         """A FeedbackRequantize; ``rows`` of the table are the channels unless given, ``levels`` as of the method."""
-        node = self.levels(rng, channels=rows, **levels)
-        channels = node.inputs["x"].shape[node.attributes["axis"]]
+        cell = levels.pop("cell", 1)
+        node = self.levels(rng, channels=rows, **levels).with_attributes(cell=cell)
+        channels = node.inputs["x"].shape[node.attributes["axis"]] * cell**2
         # Inner sums and shifts of all sizes, some of them beyond the limits.
         feedback = {
             "group": rng.choice(np.array(groups, np.uint8), channels),

@@ -115,6 +115,10 @@ inline OrtStatus* FloatAttribute(const OrtKernelInfo* info, const char* name, fl
 inline OrtStatus* IntAttribute(const OrtKernelInfo* info, const char* name, std::int64_t* out) {
   return Find(info->ints, name, out);
 }
+// There are none.
+inline OrtStatus* StringAttribute(const OrtKernelInfo*, const char*, char*, std::size_t*) {
+  return Failed("no such attribute");
+}
 inline OrtStatus* IntsAttribute(const OrtKernelInfo* info, const char* name, std::int64_t* out, std::size_t* size) {
   std::vector<std::int64_t> values;
   OrtStatus* const status = Find(info->lists, name, &values);
@@ -185,6 +189,7 @@ inline OrtApi MakeApi() {
   set(65, &TypeAndShape);
   set(85, &FloatAttribute);
   set(86, &IntAttribute);
+  set(87, &StringAttribute);
   set(90, &Input);
   set(91, &Output);
   set(93, &ReleaseStatus);

@@ -8,30 +8,12 @@
 #include <random>
 
 #include "fake_onnxruntime.h"
+#include "fuzz_draw.h"
 #include "fuzz_levels.h"
 
 namespace {
 
-// Decisions from bytes; zeros when they run out.
-class Draw {
- public:
-  Draw(const std::uint8_t* data, std::size_t size) : data_(data), size_(size) {}
-
-  std::uint8_t Byte() {
-    if (at_ == size_) {
-      return 0;
-    }
-    return data_[at_++];
-  }
-  std::int64_t Between(std::int64_t low, std::int64_t high) { return low + Byte() % (high - low + 1); }
-  bool OneIn(int count) { return Byte() % count == 1; }
-  float Scale() { return 0.001F * static_cast<float>(1 + Byte()); }
-
- private:
-  const std::uint8_t* data_;
-  std::size_t size_;
-  std::size_t at_ = 0;
-};
+using fuzz::Draw;
 
 enum Type : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6 };
 
@@ -235,9 +217,12 @@ Node Feedback(Draw& draw) {
   node.name = "FeedbackRequantize";
   std::size_t behind = 0;
   std::vector<std::int64_t> x = LevelShape(draw, &behind);
-  std::int64_t& channels = x[x.size() - behind];
-  channels = std::max<std::int64_t>(2, channels);
+  const std::int64_t cell = x.size() > 2 && draw.OneIn(2) ? draw.Between(1, 4) : 1;
+  behind = cell > 1 ? 3 : behind;
+  std::int64_t channels = std::max<std::int64_t>(2, x[x.size() - behind]);
+  x[x.size() - behind] = channels;
   AddLevelInputs(draw, &node, x, draw.OneIn(3) ? 1 : channels, draw.Between(2, 16));
+  channels *= cell * cell;
   OrtValue group = Tensor(draw, kUint8, {channels});
   const auto groups = static_cast<unsigned char>(draw.Between(1, 8));
   for (std::size_t i = 0; i < group.Count(); ++i) {
@@ -246,6 +231,9 @@ Node Feedback(Draw& draw) {
   node.inputs.push_back(std::move(group));
   AddAcross(draw, &node, channels, draw.OneIn(3) ? draw.Between(1, 70) : draw.Between(1, 9));
   node.info.ints = {{"axis", -static_cast<std::int64_t>(behind)}};
+  if (cell > 1 || draw.OneIn(2)) {
+    node.info.ints["cell"] = cell;
+  }
   return node;
 }
 

@@ -137,7 +137,8 @@ def test_fuzz_levels(native: Native, nodes: Nodes, data: st.DataObject) -> None:
 def test_fuzz_feedback(native: Native, nodes: Nodes, data: st.DataObject) -> None:
     draw = data.draw
     shape = draw(st.lists(st.integers(0, 9), min_size=1, max_size=3)) + draw(st.sampled_from([[], [16], [70]]))
-    axis = -draw(st.integers(1, len(shape)))
+    cell = draw(st.sampled_from([1, 1, 2, 3])) if len(shape) > 2 else 1
+    axis = -3 if cell > 1 else -draw(st.integers(1, len(shape)))
     node = nodes.feedback(
         np.random.default_rng(draw(st.integers(0, 9))),
         shape=[max(size, 1) if i == len(shape) + axis else size for i, size in enumerate(shape)],
@@ -146,10 +147,13 @@ def test_fuzz_feedback(native: Native, nodes: Nodes, data: st.DataObject) -> Non
         rows=draw(st.sampled_from([None, 1, 2])),
         count=draw(st.integers(2, 17)),
         groups=draw(st.sampled_from([range(8), [0], [2, 5], range(9)])),
+        cell=cell,
         scale=draw(st.sampled_from([0.001, 0.031, 5.0])),
     )
     if draw(st.integers(0, 4)) == 0:
         node = node.with_attributes(axis=draw(st.integers(-9, 1)))
+    if draw(st.integers(0, 4)) == 0:
+        node = node.with_attributes(cell=draw(st.integers(-1, 9)))
     agree(native, reshaped(node, draw))
 
 

@@ -147,7 +147,7 @@ def feedback_nodes(nodes: Nodes) -> dict[str, Node]:
         made[f"scales{index}"] = nodes.feedback(rng, shape=(1, 9, 200), axis=-2, x_scale=x_scale, scale=scale)
     for index, (x_scale, scale) in enumerate([(1e-45, 1e-45), (3e38, 1e-38), (1e-38, 3e38), (3e38, 3e38), (1, 1e-40)]):
         made[f"extreme{index}"] = nodes.feedback(rng, shape=(1, 9, 65), axis=-2, x_scale=x_scale, scale=scale)
-    return made | hard_feedback(nodes, rng)
+    return made | hard_feedback(nodes, rng) | cell_nodes(nodes, rng)
 
 
 def hard_feedback(nodes: Nodes, rng: np.random.Generator) -> dict[str, Node]:
@@ -170,6 +170,31 @@ def hard_feedback(nodes: Nodes, rng: np.random.Generator) -> dict[str, Node]:
     few = node.changed(left=np.sign(node.inputs["left"]), right=np.sign(node.inputs["right"]))
     halves = np.full(33, 0.5, np.float32)
     made["halves"] = few.changed(left_scale=halves[:5], right_scale=halves)
+    return made
+
+
+def cell_nodes(nodes: Nodes, rng: np.random.Generator) -> dict[str, Node]:
+    """Cells: planes that they fill and planes that they do not, around tiles; every side."""
+    made = {}
+    for cell in (2, 3):
+        for plane in ((1, 1), (2, 2), (5, 7), (13, 13), (16, 16), (33, 9), (3, 130)):
+            name = f"cell{cell}_{plane[0]}x{plane[1]}"
+            made[name] = nodes.feedback(rng, shape=(3, 5, *plane), rank=4, cell=cell, count=4)
+            made[f"{name}_all"] = nodes.feedback(rng, shape=(5, *plane), rank=5, rows=1, cell=cell)
+            made[f"{name}_many"] = nodes.feedback(rng, shape=(2, 2, 2, *plane), rank=9, groups=(0, 3), cell=cell)
+        made[f"cell{cell}_channels"] = nodes.feedback(rng, shape=(1, 129, 18, 17), rank=6, cell=cell)
+        made[f"cell{cell}_one_channel"] = nodes.feedback(rng, shape=(2, 1, 21, 17), rank=2, cell=cell)
+        made[f"cell{cell}_one_group"] = nodes.feedback(rng, shape=(2, 3, 9, 8), groups=(5,), cell=cell)
+        made[f"cell{cell}_none"] = nodes.feedback(rng, shape=(2, 3, 0, 8), cell=cell)
+        same = nodes.feedback(rng, shape=(2, 3, 19, 23), cell=cell, x_scale=0.02, scale=0.02)
+        zero = np.asarray(7, np.uint8)
+        made[f"cell{cell}_same"] = same.changed(zero_point=zero, x_zero_point=zero)
+    for cell in range(4, 9):
+        made[f"cell{cell}"] = nodes.feedback(rng, shape=(2, 3, 37, 83), rank=5, cell=cell)
+        made[f"cell{cell}_filled"] = nodes.feedback(rng, shape=(2, 2, 2 * cell, 9 * cell), rank=5, cell=cell)
+    # Nodes of older files.
+    for shape, axis in (((2, 5, 6, 7), -3), ((2, 5, 6), -2)):
+        made[f"no_cell{axis}"] = nodes.feedback(rng, shape=shape, axis=axis).with_attributes(cell=None)
     return made
 
 
@@ -275,5 +300,11 @@ def test_feedback_computed_at_run_time(native: Native, nodes: Nodes, rng: np.ran
     session = native.session(node.changed(fed=set(node.inputs)).model(), threads=2)
     for channels, rank, rows in ((5, 3, 5), (2, 1, 1), (200, 9, 200), (5, 70, 1)):
         each = nodes.feedback(rng, shape=(2, channels, 6, 7), rank=rank, rows=rows)
+        each = each.changed(fed=set(each.inputs))
+        np.testing.assert_array_equal(session.run(None, each.feeds)[0], each.expected()[0])
+    node = nodes.feedback(rng, cell=3)
+    session = native.session(node.changed(fed=set(node.inputs)).model(), threads=2)
+    for shape, rows in (((2, 5, 6, 7), 5), ((1, 1, 1, 1), 1), ((3, 40, 31, 29), 1)):
+        each = nodes.feedback(rng, shape=shape, rows=rows, cell=3)
         each = each.changed(fed=set(each.inputs))
         np.testing.assert_array_equal(session.run(None, each.feeds)[0], each.expected()[0])

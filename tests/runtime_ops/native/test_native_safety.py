@@ -164,6 +164,23 @@ BAD_INPUTS: list[tuple[str, str, dict[str, Any], str]] = [
     ("feedback", "other channels", {"x": np.zeros((2, 6, 5, 5), np.uint8)}, "expected 5 channels on axis -3"),
     ("feedback", "few axes", {"x": np.zeros((5, 5), np.uint8)}, "input 0 (x) has shape [5, 5], expected 5 channels"),
     ("feedback", "a scalar", {"x": np.zeros((), np.uint8)}, "(x) has shape [], expected one axis or more"),
+    (
+        "cells",
+        "part of a cell",
+        {"group": np.zeros(19, np.uint8)},
+        "(group) has shape [19], expected a multiple of 4 for cells of 2",
+    ),
+    ("cells", "few groups", {"group": np.zeros(5, np.uint8)}, "(group) has shape [5], expected a multiple of 4"),
+    (
+        "cells",
+        "other rows",
+        {"table": np.zeros((20, 16), np.uint8)},
+        "(table) has shape [20, 16], expected 1 or 5 rows",
+    ),
+    ("cells", "other left", {"left": np.zeros((3, 5), np.int8)}, "expected at least 1 row of 20 numbers"),
+    ("cells", "right_scale", {"right_scale": f32(5)}, "input 10 (right_scale) has shape [5], expected [20]"),
+    ("cells", "all channels", {"x": np.zeros((2, 20, 5, 5), np.uint8)}, "expected 5 channels on axis -3"),
+    ("cells", "few axes", {"x": np.zeros((5, 5), np.uint8)}, "input 0 (x) has shape [5, 5], expected 5 channels"),
 ]
 
 BAD_ATTRIBUTES: list[tuple[str, dict[str, Any], str]] = [
@@ -229,6 +246,18 @@ BAD_ATTRIBUTES: list[tuple[str, dict[str, Any], str]] = [
     ("feedback", {"axis": -9}, "attribute 'axis' is -9"),
     ("feedback", {"axis": None}, "attribute 'axis' is missing"),
     ("feedback", {"axis": -8}, "expected 5 channels on axis -8"),
+    ("feedback", {"cell": 0}, "attribute 'cell' is 0, expected 1 to 8"),
+    ("feedback", {"cell": -1}, "attribute 'cell' is -1"),
+    ("feedback", {"cell": BIG}, "attribute 'cell'"),
+    ("feedback", {"cell": 2.0}, "attribute 'cell' is missing or not an integer"),
+    ("feedback", {"cell": "two"}, "attribute 'cell' is missing or not an integer"),
+    ("feedback", {"cell": [2]}, "attribute 'cell' is missing or not an integer"),
+    ("feedback", {"cell": 2}, "(group) has shape [5], expected a multiple of 4 for cells of 2"),
+    ("cells", {"cell": 9}, "attribute 'cell' is 9, expected 1 to 8"),
+    ("cells", {"cell": 1}, "(table) has shape [5, 16], expected 1 or 20 rows"),
+    ("cells", {"cell": None}, "(table) has shape [5, 16], expected 1 or 20 rows"),
+    ("cells", {"axis": -2}, "attribute 'axis' is -2, expected -3 for cells of 2"),
+    ("cells", {"axis": -4}, "attribute 'axis' is -4, expected -3 for cells of 2"),
 ]
 
 
@@ -244,12 +273,14 @@ def valid(nodes: Nodes, op: str) -> Node:
         return nodes.border(rng, window=(3, 3), rank=3, table=True)
     if op == "levels":
         return nodes.levels(rng)
-    if op == "feedback":
-        return nodes.feedback(rng)
+    if op in ("feedback", "cells"):
+        return nodes.feedback(rng, cell=2 if op == "cells" else 1)
     return nodes.adaptive(rng, requantize=op == "requantize")
 
 
-@pytest.mark.parametrize("op", ["conv", "matmul", "floats", "adaptive", "requantize", "border", "levels", "feedback"])
+@pytest.mark.parametrize(
+    "op", ["conv", "matmul", "floats", "adaptive", "requantize", "border", "levels", "feedback", "cells"]
+)
 def test_the_unchanged_nodes_run(native: Native, nodes: Nodes, op: str) -> None:
     node = valid(nodes, op)
     for fed in ({"x"}, set(node.inputs)):

@@ -38,6 +38,7 @@ def some_of_each(nodes: Nodes) -> dict[str, Node]:
         "border": nodes.border(rng, window=(3, 3), rank=2, table=True),
         "levels": nodes.levels(rng),
         "feedback": nodes.feedback(rng),
+        "feedback_cells": nodes.feedback(rng, shape=(2, 3, 5, 7), cell=2),
     }
     matmul = nodes.lut_matmul(rng)
     made["computed"] = matmul.changed(fed=set(matmul.inputs))

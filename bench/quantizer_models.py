@@ -108,7 +108,7 @@ class Quantizers:
             "right": self._rng.integers(-127, 128, (channels, rank)).astype(np.int8),
             "right_scale": np.full(channels, 1e-3, np.float32),
         }
-        return self._model("FeedbackRequantize", constants, {"axis": -3})
+        return self._model("FeedbackRequantize", constants, {"axis": -3, "cell": 1})
 
     def _levels(self, count: int) -> dict[str, Array]:
         return {

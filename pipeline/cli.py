@@ -96,6 +96,7 @@ def quantize(
     bias_correction: Annotated[bool | None, option("bias_correction")] = None,
     border: Annotated[str | None, option("border")] = None,
     feedback: Annotated[bool | None, option("feedback")] = None,
+    feedback_cells: Annotated[bool | None, option("feedback_cells")] = None,
     adaptive_step: Annotated[bool | None, option("adaptive_step")] = None,
     learn: Annotated[bool | None, option("learn")] = None,
     effort: Annotated[str | None, option("effort")] = None,

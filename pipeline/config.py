@@ -225,6 +225,7 @@ class QuantConfig:
     smooth: bool | None = flag("SmoothQuant-style migration for MatMul", none="with easyquant")
     bias_correction: bool | None = flag("bias correction of the weight error", none="with easyquant")
     feedback: bool | None = flag("channels with code books make up for each other's errors", none="with learn")
+    feedback_cells: bool = flag("these errors are made up for across 2 x 2 places as well", default=True)
     border: Border = choice(
         Border, "rounding borders, by an operator of ours, for activations of 4 and fewer bits", default=Border.AUTO
     )

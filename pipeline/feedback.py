@@ -14,6 +14,7 @@ from postquant.passes.plan import QuantPlan
 from postquant.pipeline.job import Job
 from postquant.pipeline.stage_log import StageLog
 from postquant.runtime_ops.errors import ModelError
+from postquant.runtime_ops.quantizer import TensorQuantizer
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,9 @@ def decide_feedback(
     job.progress.stage("error feedback")
     try:
         device = torch.device(job.config.device.value)
-        changed, count = with_feedback(model, plan, job.source, seed=job.config.seed, device=device)
+        changed, count = with_feedback(
+            model, plan, job.source, cells=job.config.feedback_cells, seed=job.config.seed, device=device
+        )
     except ModelError as error:
         log.note(f"no errors are fed back: {error}")
         return plan
@@ -65,7 +68,10 @@ def decide_feedback(
     before, after = trial.measure(model, plan), trial.measure(model, changed)
     gain = 20 * math.log10(max(before.error, 1e-30) / max(after.error, 1e-30))
     kept = bool(wanted) or gain > -_MOST_LOSS_DB
-    detail = f"{count} activations, {gain:+.2f} dB to nearest levels, before learning"
+    entries = (entry for entry in changed.requants.values() if isinstance(entry, TensorQuantizer))
+    cells = sum(not e.copy and e.feedback is not None and e.feedback.cell > 1 for e in entries)
+    across = f" ({cells} across places)" if cells else ""
+    detail = f"{count} activations{across}, {gain:+.2f} dB to nearest levels, before learning"
     log.add("error feedback", detail, kept=kept, sqnr_db=after.sqnr_db)
     plan = changed if kept else plan
     job.checkpoint.save("feedback", plan=plan, data=log.since_resume())
@@ -73,7 +79,13 @@ def decide_feedback(
 
 
 def with_feedback(
-    model: ir.Model, plan: QuantPlan, source: CalibrationSource, *, seed: int, device: torch.device
+    model: ir.Model,
+    plan: QuantPlan,
+    source: CalibrationSource,
+    *,
+    cells: bool = True,
+    seed: int,
+    device: torch.device,
 ) -> tuple[QuantPlan, int]:
     """The plan with an error feedback wherever there can be one, and in how many activations.
 
@@ -81,6 +93,7 @@ def with_feedback(
         model: The float model that the plan is about.
         plan: A decided plan.
         source: Calibration data.
+        cells: Whether errors of neighbouring places may be told apart.
         seed: Of everything random.
         device: Where gradients are computed.
 
@@ -92,7 +105,7 @@ def with_feedback(
     sites = feedback_sites(model, plan)
     if not sites:
         return plan, 0
-    found = measure_moments(model, sites, source, range(len(source)), seed=seed, device=device)
+    found = measure_moments(model, sites, source, range(len(source)), cells=cells, seed=seed, device=device)
     known = [site for site in sites if site.value in found]
     chosen = choose([found[site.value].candidates(float(site.quantizer.scale)) for site in known])
     for site, feedback in zip(known, chosen, strict=True):

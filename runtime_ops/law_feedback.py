@@ -165,7 +165,7 @@ def feedback_requantize(
         x_zero_point: () uint8.
         scale: () float32, > 0, the step of the levels.
         zero_point: () uint8, the level of 0.
-        table: (1, n) or (C, n) uint8 levels, each row sorted, 2 <= n <= 16.
+        table: (1, m) or (C, m) uint8 levels, each row sorted, 2 <= m <= 16.
         feedback: Groups and coefficients of the C channels.
         axis: The channels' axis, from -8 to -1, the last one; -3 where there are cells.
 

@@ -139,6 +139,7 @@ def measure_moments(
     source: CalibrationSource,
     indices: Sequence[int],
     *,
+    cells: bool = True,
     seed: int,
     device: torch.device,
 ) -> dict[str, Moments]:
@@ -149,6 +150,7 @@ def measure_moments(
         sites: Of a plan for it.
         source: Calibration data.
         indices: Samples that may be used, increasing; at most 128 of them, evenly spaced, are.
+        cells: Whether errors of neighbouring places may be told apart.
         seed: Of the signs.
         device: Where.
 
@@ -164,13 +166,15 @@ def measure_moments(
     chosen = [indices[place] for place in spaced(len(indices), _SAMPLES)]
     with torch_limits():
         try:
-            return _Gradients(model, sites, device).measure(source, chosen, torch.Generator().manual_seed(seed))
+            gradients = _Gradients(model, sites, device, cells=cells)
+            return gradients.measure(source, chosen, torch.Generator().manual_seed(seed))
         except RuntimeError as error:
             raise ModelError("torch cannot run the network", found=str(error)) from error
 
 
 class _Gradients:
-    def __init__(self, model: ir.Model, sites: Sequence[FeedbackSite], device: torch.device) -> None:
+    def __init__(self, model: ir.Model, sites: Sequence[FeedbackSite], device: torch.device, *, cells: bool) -> None:
+        self._cells = cells
         self._nodes = list(model.graph)
         self._device = device
         self._sites = sites
@@ -217,7 +221,7 @@ class _Gradients:
             gradients = [torch.stack(list(gradients)).sum(0)]
         every = torch.cat(list(gradients), dim=axis)
         if site.value not in found:
-            cell = site.cell(every.shape)
+            cell = site.cell(every.shape) if self._cells else 1
             size = cell * cell * every.shape[axis]
             found[site.value] = Moments((np.zeros((size, size)), np.zeros((size, size))), np.zeros_like(noise), cell)
         moments = found[site.value]

@@ -43,9 +43,9 @@ g (float[N,3,8,8] x) => (float[N,2,8,8] y)
 READERS = ("left:0", "right:0")
 
 
-@pytest.fixture(scope="module")
-def fire(bench: Any) -> tuple[ir.Model, QuantPlan, list[dict[str, Any]]]:
-    """The network whose two readers make up for each other's errors, and samples."""
+@pytest.fixture(scope="module", params=[1, 2])
+def fire(request: pytest.FixtureRequest, bench: Any) -> tuple[ir.Model, QuantPlan, list[dict[str, Any]]]:
+    """The network whose two readers make up for each other's errors, across places too, and samples."""
     rng = np.random.default_rng(0)
     shapes = {"w0": (CHANNELS, 3, 1, 1), "w1": (4, CHANNELS, 1, 1), "w2": (4, CHANNELS, 3, 3), "w3": (2, 8, 1, 1)}
     arrays = {name: (rng.standard_normal(shape) / 2).astype(np.float32) for name, shape in shapes.items()}
@@ -57,17 +57,18 @@ def fire(bench: Any) -> tuple[ir.Model, QuantPlan, list[dict[str, Any]]]:
     high = float(site.quantizer.range()[1])
     levels = high * (np.arange(16) / 15) ** 2 * np.linspace(0.3, 1.0, CHANNELS)[:, None]
     plan = with_levels(plan, site, quantizer_with_levels(site.quantizer.spec, levels, -3))
-    return model, together(plan, rng), feeds
+    return model, together(plan, rng, request.param), feeds
 
 
-def together(plan: QuantPlan, rng: np.random.Generator) -> QuantPlan:
-    """The plan in which the readers have levels of their own, and a feedback across all of them."""
+def together(plan: QuantPlan, rng: np.random.Generator, cell: int) -> QuantPlan:
+    """The plan in which the readers have levels of their own, and a feedback across all of them and a cell's places."""
     entry = plan.requants[READERS[0]]
     assert isinstance(entry, TensorQuantizer)
     assert entry.table is not None
     table = np.concatenate([entry.table, np.sort(entry.table - entry.table // 3, axis=1)])
-    seen = rng.standard_normal((4, 2 * CHANNELS))
-    feedback = feedback_of(seen.T @ seen, np.full(2 * CHANNELS, float(entry.scale) ** 2), float(entry.scale))
+    size = cell * cell * 2 * CHANNELS
+    seen = rng.standard_normal((4 * cell, size))
+    feedback = feedback_of(seen.T @ seen, np.full(size, float(entry.scale) ** 2), float(entry.scale), cell)
     for copy, key in enumerate(READERS):
         changed = dataclasses.replace(entry, table=table, feedback=feedback, copies=2, copy=copy)
         plan = plan.with_requant(key, changed)
@@ -105,6 +106,10 @@ def test_plans_keep_them_on_the_disk(fire: Any, tmp_path: pathlib.Path) -> None:
     fire[1].save(tmp_path / "plan")
     after = QuantPlan.load(tmp_path / "plan")
     assert [(entry_of(after, key).copies, entry_of(after, key).copy) for key in READERS] == [(2, 0), (2, 1)]
+    before, found = entry_of(fire[1], "right:0").feedback, entry_of(after, "right:0").feedback
+    assert before is not None
+    assert found is not None
+    assert found.cell == before.cell
     np.testing.assert_array_equal(entry_of(after, "right:0").table, entry_of(fire[1], "right:0").table)
 
 
@@ -173,6 +178,11 @@ def test_other_copies_are_found(fire: Any, *, standard: bool) -> None:
     lookup = lookup_of(split)
     assert lookup is not None
     assert lookup.copies == 2
+    if not standard:
+        attribute = lookup.nodes[-1].attributes["cell"]
+        lookup.nodes[-1].attributes["cell"] = ir.AttrInt64("cell", 3 - attribute.as_int())
+        assert len(list(differences(recovered, with_qdq(emitted), plan))) == 2
+        lookup.nodes[-1].attributes["cell"] = attribute
     uses = [next(iter(output.uses())) for output in split.outputs]
     for use, output in zip(uses, reversed(split.outputs), strict=True):
         use.node.replace_input_with(use.idx, output)

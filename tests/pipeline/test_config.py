@@ -60,6 +60,7 @@ def test_every_key_can_be_read_from_a_file(tmp_path: pathlib.Path) -> None:
         equalize = false
         cross_layer = false
         feedback = false
+        feedback_cells = false
         adaptive_step = false
         smooth = false
         bias_correction = false

@@ -207,3 +207,17 @@ def test_blocks_of_the_network_hold_both_readers(fed: Fire) -> None:
     model, _, _ = fed
     blocks: tuple[Block, ...] = cut_blocks(model, {"stem", "left", "right", "squeeze", "last"})
     assert any(set(block.layers) >= {"left", "right"} for block in blocks)
+
+
+def test_cells_are_there_where_they_pay_and_wanted(fire: Fire) -> None:
+    """The readers have windows of 3 x 3, and see sums over places."""
+    model, plan, source = fire
+    plan = dataclasses.replace(plan, weights={}, int_biases={}, activations={"r": plan.activations["r"]}, shared={})
+    exact, errors = _outputs(model, source), []
+    for cells in (False, True):
+        found, count = with_feedback(model, plan, source, cells=cells, seed=0, device=CPU)
+        feedbacks = [_entry(found, key).feedback for key in READERS]
+        assert count == 1
+        assert [feedback is not None and feedback.cell for feedback in feedbacks] == [2 if cells else 1] * 2
+        errors.append(np.square(_outputs(emit(model, found), source) - exact).mean())
+    assert errors[1] < 0.95 * errors[0]

@@ -32,7 +32,7 @@ from networks import network_contestants
 from quantizer_models import Quantizers
 from rounds import Contestant, Libraries, Runner, Times, compete
 
-# Shapes and ranks at which FeedbackRequantize runs.
+# Shapes and ranks at which FeedbackRequantize runs; the rank of cells of 2 x 2 places is three times as large.
 FEEDBACK = [((1, 512, 13, 13), 64), ((1, 144, 56, 56), 24)]
 ISAS = ["baseline", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx", "neondot"]
 
@@ -98,7 +98,12 @@ def feedback_contest(shape: tuple[int, ...], rank: int, isas: list[str]) -> Cont
     codes = {"x": models.codes}
     found = [Contestant("QuantizeLinear", models.linear(), {"x": models.x})]
     found += Contestant.ours("LutRequantize, a table per channel", models.levels(), codes, isas)
-    found += Contestant.ours(f"FeedbackRequantize, rank {rank}", models.feedback(rank), codes, isas)
+    # Cells are for activations that have no more channels in them.
+    sides = (1, 2) if 4 * shape[1] <= 1024 else (1,)
+    for cell in sides:
+        size = rank if cell == 1 else 3 * rank
+        name = f"FeedbackRequantize, cell {cell}, rank {size}"
+        found += Contestant.ours(name, models.feedback(size, cell), codes, isas)
     return Contest("quantizers", "x".join(map(str, shape)), found)
 
 

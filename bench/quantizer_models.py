@@ -92,14 +92,15 @@ class Quantizers:
         """
         return self._model("LutRequantize", self._levels(count), {"axis": -3})
 
-    def feedback(self, rank: int, count: int = 16) -> bytes:
+    def feedback(self, rank: int, cell: int = 1, count: int = 16) -> bytes:
         """FeedbackRequantize with a table for each channel and 8 groups.
 
         Args:
             rank: Rank across channels.
+            cell: Side of the squares of places whose channels are rounded together.
             count: Levels of each.
         """
-        channels = self._channels
+        channels = cell * cell * self._channels
         constants: dict[str, Array] = {
             **self._levels(count),
             "group": (np.arange(channels) % 8).astype(np.uint8),
@@ -108,7 +109,7 @@ class Quantizers:
             "right": self._rng.integers(-127, 128, (channels, rank)).astype(np.int8),
             "right_scale": np.full(channels, 1e-3, np.float32),
         }
-        return self._model("FeedbackRequantize", constants, {"axis": -3, "cell": 1})
+        return self._model("FeedbackRequantize", constants, {"axis": -3, "cell": cell})
 
     def _levels(self, count: int) -> dict[str, Array]:
         return {

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import pathlib
 import tempfile
 import time
@@ -134,7 +135,7 @@ def _with_feedback(model: ir.Model, plan: QuantPlan, source: SubsetSource) -> Qu
     """The plan with an error feedback at every activation whose channels have code books."""
     sites = feedback_sites(model, plan)
     found = measure_moments(model, sites, source, range(min(len(source), 8)), seed=0, device=torch.device("cpu"))
-    chosen = choose([found[site.value].candidates(float(site.quantizer.scale)) for site in sites])
+    chosen = choose([found[site.value].candidates(float(site.quantizer.scale)) for site in sites], math.inf)
     for site, feedback in zip(sites, chosen, strict=True):
         if feedback is not None:
             plan = site.with_feedback(plan, feedback)

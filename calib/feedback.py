@@ -20,8 +20,8 @@ turned)``. That is Babai's nearest plane (1986) with steps of many dimensions at
 ``t = left e`` with ``left = sqrt(D) U'``, and ``shift = right t``.
 
 Layers with windows of 3 x 3 see sums over neighbouring places as well. So ``e`` may be the errors of all channels at
-all places of a *cell*, a square of places; wherever that makes the expected harm smaller on gradients that the
-coefficients do not come from (:func:`choose`).
+all places of a *cell*, a square of places. How many coefficients an activation has, and whether across cells, is a
+matter of what they save on gradients that they do not come from, and of their bytes (:func:`choose`).
 """
 
 from __future__ import annotations
@@ -44,26 +44,33 @@ _LEFT_OUT = 0.03
 # were errors independent, it stands for.
 _LARGEST = 127
 _DEVIATIONS = 5.0
-# Of the harm of all activations together, what cells of one must save at least.
-_LEAST_GAIN = 0.005
+# How often the number of coefficients is halved at most, and one more.
+_HALVED = 5
+# Of the harm of all activations together, what coefficients of as many bytes as the weights must save.
+_PRICE = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A feedback for some channels.
+    """What may be done about the errors of some channels.
 
     Attributes:
-        feedback: Its numbers.
+        feedback: Its numbers; None for nearest levels.
         harm: What is left of the errors at the outputs by gradients that it does not come from; infinite where there
             are none.
     """
 
-    feedback: Feedback
+    feedback: Feedback | None
     harm: float
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return 0 if self.feedback is None else sum(array.nbytes for array in self.feedback.arrays().values())
 
 
 def candidates(halves: Sequence[Reals], noise: Reals, step: float, cell: int) -> tuple[Candidate, ...]:
-    """The feedback for some channels, and that across the places of cells.
+    """Nearest levels, and feedbacks with and without cells, of many and of few coefficients.
 
     Args:
         halves: Two of (n n C, n n C), each from half of the samples: what errors in cells do to the outputs.
@@ -72,35 +79,40 @@ def candidates(halves: Sequence[Reals], noise: Reals, step: float, cell: int) ->
         cell: n, the side of the cells, at least 1.
 
     Returns:
-        Without cells first; nothing where there are fewer than two channels or no error matters.
+        Nearest levels first, and nothing else where there are fewer than two channels or no error matters.
     """
-    found = []
+    alone = np.add(*(within_places(half, cell) for half in halves))
+    found = [Candidate(None, float(np.diag(alone) @ noise))]
     for side in dict.fromkeys((1, cell)):
         parts = [half if side == cell else within_places(half, cell) for half in halves]
         everywhere = np.tile(noise, side * side)
-        feedback = feedback_of(np.add(*parts), everywhere, step, side)
-        if feedback is None:
-            return ()
-        found.append(Candidate(feedback, _judged(parts, everywhere, step, side)))
+        feedbacks = feedbacks_of(np.add(*parts), everywhere, step, side)
+        ranks = [feedback.rank for feedback in feedbacks]
+        harms = [0.0] * len(ranks)
+        for half, other in (parts, reversed(parts)):
+            judged = feedbacks_of(half, everywhere, step, side, ranks)
+            for index in range(len(ranks)):
+                harms[index] += expected_harm(other, everywhere, judged[index]) if judged else math.inf
+        found += [Candidate(feedback, harm) for feedback, harm in zip(feedbacks, harms, strict=True)]
     return tuple(found)
 
 
-def choose(sites: Sequence[Sequence[Candidate]]) -> list[Feedback | None]:
-    """Cells where they save some of the harm of all activations: they cost time wherever the model runs.
+def choose(sites: Sequence[Sequence[Candidate]], weight_bytes: float) -> list[Feedback | None]:
+    """What saves the most of the harm of all activations, at a price: coefficients are bytes, and work at run time.
 
     Args:
         sites: The :func:`candidates` of each.
+        weight_bytes: Of the model's weights.
 
     Returns:
-        For every site; None where there is none.
+        For every site; None for nearest levels.
     """
-    whole = sum(site[0].harm for site in sites if site and math.isfinite(site[0].harm))
-    return [
-        min(site, key=lambda one: one.harm + (_LEAST_GAIN * whole if one is not site[0] else 0.0)).feedback
-        if site
-        else None
-        for site in sites
-    ]
+    whole = sum(min(one.harm for one in site) for site in sites)
+
+    def cost(one: Candidate) -> float:
+        return one.harm / max(whole, 1e-300) + _PRICE * one.size / max(weight_bytes, 1.0)
+
+    return [min(site, key=cost).feedback for site in sites]
 
 
 def within_places(hessian: Reals, cell: int) -> Reals:
@@ -116,15 +128,6 @@ def within_places(hessian: Reals, cell: int) -> Reals:
     places = cell * cell
     channels = len(hessian) // places
     found: Reals = np.einsum("icid->cd", hessian.reshape(places, channels, places, channels))
-    return found
-
-
-def _judged(halves: Sequence[Reals], noise: Reals, step: float, cell: int) -> float:
-    """The harm that is left of feedbacks of each half, by the other one."""
-    found = 0.0
-    for half, other in (halves, reversed(halves)):
-        feedback = feedback_of(half, noise, step, cell)
-        found += math.inf if feedback is None else expected_harm(other, noise, feedback)
     return found
 
 
@@ -147,21 +150,30 @@ def expected_harm(hessian: Reals, noise: Reals, feedback: Feedback) -> float:
 
 
 def feedback_of(hessian: Reals, noise: Reals, step: float, cell: int = 1) -> Feedback | None:
-    """The feedback for some channels.
+    """The feedback of most coefficients (:func:`feedbacks_of`), None where there is none."""
+    found = feedbacks_of(hessian, noise, step, cell)
+    return found[0] if found else None
+
+
+def feedbacks_of(
+    hessian: Reals, noise: Reals, step: float, cell: int = 1, ranks: Sequence[int] | None = None
+) -> list[Feedback]:
+    """Feedbacks for some channels, of many and of few coefficients.
 
     Args:
         hessian: (C, C), symmetric, what errors do to the outputs; its unit plays no part.
         noise: (C,) >= 0, mean square of every channel's error of rounding to nearest, in the tensor's units.
         step: Of the codes that the operator counts errors in, > 0, in the tensor's units.
         cell: The channels are those of squares of places with this side.
+        ranks: Of each; by default so many that little is left out, and halves of that down to a sixteenth.
 
     Returns:
-        None where there are fewer than two channels or no error matters.
+        Nothing where there are fewer than two channels or no error matters.
     """
     channels = len(hessian)
     power = float(np.trace(hessian)) / max(channels, 1)
     if channels < 2 or not (np.isfinite(power) and power > 0) or not (noise > 0).any():
-        return None
+        return []
     hessian = hessian / power
     # What does most harm comes first: the others can still do something about it.
     order = np.argsort(-np.diag(hessian) * noise, kind="stable")
@@ -169,24 +181,28 @@ def feedback_of(hessian: Reals, noise: Reals, step: float, cell: int = 1) -> Fee
     parts = np.array_split(order, GROUPS)
     for index, part in enumerate(parts):
         group[part] = index
-    factor = _factor(hessian)
-    left = factor.T
-    right = np.zeros((channels, factor.shape[1]))
+    factor, enough = _factor(hessian)
+    if ranks is None:
+        ranks = list(dict.fromkeys(max(enough >> halved, 1) for halved in range(_HALVED)))
+    factor = factor[:, : max(ranks)]
+    right = np.zeros(factor.shape)
     for index, part in enumerate(parts):
         if index and len(part):
             rest = np.concatenate(parts[index:])
             damped = hessian[np.ix_(rest, rest)] + _DAMPING * np.eye(len(rest))
             right[part] = np.linalg.solve(damped, factor[rest])[: len(part)]
-    return dataclasses.replace(_coded(group, left, right, np.sqrt(noise) / step), cell=cell)
+    deviations = np.sqrt(noise) / step
+    every = (_coded(group, factor[:, :rank].T, right[:, :rank], deviations) for rank in ranks)
+    return [dataclasses.replace(feedback, cell=cell) for feedback in every]
 
 
-def _factor(hessian: Reals) -> Reals:
-    """(C, R) whose product with its transpose is H, but for the eigenvalues that matter least."""
+def _factor(hessian: Reals) -> tuple[Reals, int]:
+    """(C, C) whose product with its transpose is H, what matters most first; and how many columns are enough."""
     values, vectors = np.linalg.eigh(hessian)
     values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
     rank = int(np.searchsorted(np.cumsum(values), (1 - _LEFT_OUT) * values.sum())) + 1
-    factor: Reals = vectors[:, :rank] * np.sqrt(values[:rank])
-    return factor
+    factor: Reals = vectors * np.sqrt(values)
+    return factor, rank
 
 
 def _coded(group: npt.NDArray[np.uint8], left: Reals, right: Reals, deviations: Reals) -> Feedback:

@@ -107,8 +107,19 @@ def with_feedback(
         return plan, 0
     found = measure_moments(model, sites, source, range(len(source)), cells=cells, seed=seed, device=device)
     known = [site for site in sites if site.value in found]
-    chosen = choose([found[site.value].candidates(float(site.quantizer.scale)) for site in known])
+    every = [found[site.value].candidates(float(site.quantizer.scale)) for site in known]
+    chosen = choose(every, _weight_bytes(model, plan))
     for site, feedback in zip(known, chosen, strict=True):
         if feedback is not None:
             plan = site.with_feedback(plan, feedback)
     return plan, sum(feedback is not None for feedback in chosen)
+
+
+def _weight_bytes(model: ir.Model, plan: QuantPlan) -> float:
+    """Of the codes of all quantized weights."""
+    total = 0.0
+    for name, entry in plan.weights.items():
+        tensor = model.graph.initializers[name].const_value
+        spec = entry.spec if isinstance(entry, TensorQuantizer) else entry
+        total += 0.0 if tensor is None else math.prod(tensor.shape.numpy()) * spec.bits / 8
+    return total

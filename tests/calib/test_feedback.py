@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from postquant.calib.activation_levels import quantizer_with_levels
-from postquant.calib.feedback import Candidate, candidates, choose, expected_harm, feedback_of, within_places
+from postquant.calib.feedback import (
+    Candidate,
+    candidates,
+    choose,
+    expected_harm,
+    feedback_of,
+    feedbacks_of,
+    within_places,
+)
 from postquant.runtime_ops.law_feedback import COEFFICIENT_WEIGHT, GROUPS, Feedback
 from postquant.runtime_ops.quantizer import TensorQuantizer
 from postquant.runtime_ops.spec import QuantSpec
@@ -117,9 +125,7 @@ def test_cells_are_chosen_where_neighbours_are_seen_together(across: bool) -> No
     rows = [np.kron(np.ones((1, places)) if across else np.eye(places), seen) for _ in range(2)]
     halves = [(row.T * rng.uniform(0.8, 1.2, len(row))) @ row for row in rows]
     noise = rng.uniform(0.5, 1.0, channels)
-    plain, cells = candidates(halves, noise, 0.1, 2)
-    assert (plain.feedback.cell, cells.feedback.cell) == (1, 2)
-    (feedback,) = choose([(plain, cells)])
+    (feedback,) = choose([candidates(halves, noise, 0.1, 2)], math.inf)
     assert feedback is not None
     assert feedback.cell == (2 if across else 1)
     assert feedback.channels == channels
@@ -136,10 +142,11 @@ def test_gradients_of_one_half_do_not_choose_cells_for_the_other() -> None:
     for _ in range(2):
         few = rng.standard_normal((6, 4 * channels))
         halves.append(few.T @ few)
-    plain, cells = candidates(halves, np.ones(channels), 0.1, 2)
-    assert cells.harm > plain.harm
-    (feedback,) = choose([(plain, cells)])
-    assert feedback is plain.feedback
+    every = candidates(halves, np.ones(channels), 0.1, 2)
+    most = {n: next(one for one in every if one.feedback is not None and one.feedback.cell == n) for n in (1, 2)}
+    assert most[2].harm > most[1].harm
+    (feedback,) = choose([every], math.inf)
+    assert feedback is None or feedback.cell == 1
 
 
 def test_the_expected_harm_is_that_of_the_law() -> None:
@@ -159,24 +166,40 @@ def test_the_expected_harm_is_that_of_the_law() -> None:
     assert found < 0.7 * np.square(weight @ nearest).sum() / x.shape[1]
 
 
-def test_cells_must_save_some_of_the_harm_of_all() -> None:
+def test_what_is_saved_has_a_price() -> None:
     rng = np.random.default_rng(7)
     weight = rng.standard_normal((3, 8))
-    one = feedback_of(weight.T @ weight, np.ones(8), 0.1)
-    two = feedback_of(weight.T @ weight, np.ones(8), 0.1, 2)
-    assert one is not None
-    assert two is not None
-    much, little, worse = (
-        (Candidate(one, plain), Candidate(two, cells)) for plain, cells in ((100.0, 50.0), (1.0, 0.6), (9.0, 9.5))
+    hessian = weight.T @ weight
+    few, many = feedbacks_of(hessian, np.ones(8), 0.1, ranks=[1, 3])
+    # The second activation does little harm: what may be saved there is not worth as much.
+    much, little = (
+        (Candidate(None, 8 * harm), Candidate(few, 2 * harm), Candidate(many, harm)) for harm in (100.0, 1.0)
     )
-    assert choose([much, little, worse, (), (Candidate(one, math.inf),)]) == [two, one, one, None, one]
-    # By itself the same saving is enough.
-    assert choose([little]) == [two]
+    assert choose([much, little], math.inf) == [many, many]
+    assert choose([much, little], 10 * little[1].size) == [many, few]
+    assert choose([much, little], 2 * little[1].size) == [many, None]
+    assert choose([much, little], 1) == [None, None]
 
 
-def test_without_a_second_half_there_are_no_cells() -> None:
+def test_fewer_coefficients_are_the_most_important_ones() -> None:
+    rng = np.random.default_rng(9)
+    weight = rng.standard_normal((12, 32)) * np.geomspace(1, 0.1, 12)[:, None]
+    hessian, noise = weight.T @ weight, np.ones(32)
+    every = feedbacks_of(hessian, noise, 0.1)
+    ranks = [feedback.rank for feedback in every]
+    assert ranks == [ranks[0] >> halved for halved in range(len(ranks))]
+    assert ranks[-1] == 1 or len(ranks) == 5
+    harms = [expected_harm(hessian, noise, feedback) for feedback in every]
+    assert harms == sorted(harms)
+    assert harms[-1] < np.diag(hessian).sum()
+    assert [feedback.rank for feedback in feedbacks_of(hessian, noise, 0.1, ranks=[5, 2])] == [5, 2]
+
+
+def test_without_a_second_half_levels_are_nearest() -> None:
     weight = np.random.default_rng(8).standard_normal((6, 16))
-    plain, cells = candidates([weight.T @ weight, np.zeros((16, 16))], np.ones(4), 0.1, 2)
-    assert math.isinf(plain.harm)
-    assert choose([(plain, cells)]) == [plain.feedback]
-    assert candidates([np.zeros((16, 16))] * 2, np.ones(4), 0.1, 2) == ()
+    every = candidates([weight.T @ weight, np.zeros((16, 16))], np.ones(4), 0.1, 2)
+    assert all(math.isinf(one.harm) for one in every[1:])
+    assert choose([every], math.inf) == [None]
+    nothing = candidates([np.zeros((16, 16))] * 2, np.ones(4), 0.1, 2)
+    assert nothing == (Candidate(None, 0.0),)
+    assert choose([nothing], 1) == [None]

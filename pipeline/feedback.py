@@ -11,6 +11,7 @@ from postquant.calib.feedback import choose
 from postquant.calib.source import CalibrationSource
 from postquant.calib.trial import Trial
 from postquant.passes.plan import QuantPlan
+from postquant.pipeline.budget import Budget, BudgetKind
 from postquant.pipeline.job import Job
 from postquant.pipeline.stage_log import StageLog
 from postquant.runtime_ops.errors import ModelError
@@ -45,6 +46,10 @@ def decide_feedback(
     wanted = job.config.feedback
     if not job.config.learn or wanted is False:
         return plan
+    budget = job.config.budget
+    if wanted is None and budget is not None and Budget.read(budget).kind is BudgetKind.SIZE:
+        log.note("no errors are fed back: the budget is for bytes of weights (--feedback does it all the same)")
+        return plan
     saved = job.checkpoint.load("feedback")
     if saved is not None:
         log.resume("feedback", saved.data())
@@ -68,10 +73,7 @@ def decide_feedback(
     before, after = trial.measure(model, plan), trial.measure(model, changed)
     gain = 20 * math.log10(max(before.error, 1e-30) / max(after.error, 1e-30))
     kept = bool(wanted) or gain > -_MOST_LOSS_DB
-    entries = (entry for entry in changed.requants.values() if isinstance(entry, TensorQuantizer))
-    cells = sum(not e.copy and e.feedback is not None and e.feedback.cell > 1 for e in entries)
-    across = f" ({cells} across places)" if cells else ""
-    detail = f"{count} activations{across}, {gain:+.2f} dB to nearest levels, before learning"
+    detail = f"{count} activations, {_coefficients(changed)}, {gain:+.2f} dB to nearest levels, before learning"
     log.add("error feedback", detail, kept=kept, sqnr_db=after.sqnr_db)
     plan = changed if kept else plan
     job.checkpoint.save("feedback", plan=plan, data=log.since_resume())
@@ -113,6 +115,15 @@ def with_feedback(
         if feedback is not None:
             plan = site.with_feedback(plan, feedback)
     return plan, sum(feedback is not None for feedback in chosen)
+
+
+def _coefficients(plan: QuantPlan) -> str:
+    """How many activations see across places, and the size of all coefficients."""
+    entries = (entry for entry in plan.requants.values() if isinstance(entry, TensorQuantizer) and not entry.copy)
+    feedbacks = [entry.feedback for entry in entries if entry.feedback is not None]
+    size = sum(array.nbytes for feedback in feedbacks for array in feedback.arrays().values())
+    across = sum(feedback.cell > 1 for feedback in feedbacks)
+    return f"{across} of them across places, {size / 1000:.1f} kB of coefficients"
 
 
 def _weight_bytes(model: ir.Model, plan: QuantPlan) -> float:

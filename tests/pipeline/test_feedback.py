@@ -194,6 +194,22 @@ def test_without_being_asked_for_it_may_cost_little_in_front_of_learning(
     assert log.add.call_args.kwargs["kept"] is kept
 
 
+@pytest.mark.parametrize(
+    ("budget", "asked", "tried"), [("size=0.2x", None, False), ("size=0.2x", True, True), ("sqnr=30", None, True)]
+)
+def test_a_budget_of_bytes_has_none_for_coefficients_unless_asked(
+    budget: str, asked: bool | None, tried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Mock(side_effect=ModelError("tried"))
+    monkeypatch.setattr(feedback, "with_feedback", seen)
+    job, log, plan = MagicMock(), MagicMock(), QuantPlan("plan")
+    job.config = QuantConfig(learn=True, feedback=asked, budget=budget)
+    job.checkpoint.load.return_value = None
+    assert feedback.decide_feedback(job, Mock(), Mock(), plan, log, threads=1) is plan
+    assert seen.called is tried
+    assert ("budget" in log.note.call_args.args[0]) is not tried
+
+
 def test_where_torch_does_not_run_the_network_a_note_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise ModelError("torch does not run the network", found="operator Loop")

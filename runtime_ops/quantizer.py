@@ -120,7 +120,7 @@ class TensorQuantizer:
     @property
     def whole(self) -> TensorQuantizer:
         """The quantizer of all copies of a tensor together, concatenated along the axis of the channels."""
-        return dataclasses.replace(self, copies=1, copy=0)
+        return self if self.copies == 1 else dataclasses.replace(self, copies=1, copy=0)
 
     @classmethod
     def from_range(cls, spec: QuantSpec, low: npt.ArrayLike, high: npt.ArrayLike) -> TensorQuantizer:

@@ -227,6 +227,10 @@ class BlockQuantizers:
             requants={**plan.requants, **{k: q for k, q in steps.items() if k in plan.requants}},
         )
 
+    def _first(self, key: str) -> str:
+        """The key under which a reader's step is."""
+        return self.copies.get(key, (key,))[0]
+
     def _learned_steps(self) -> Iterator[tuple[str, TensorQuantizer]]:
         """Every reader's quantizer."""
         for first, step in self.steps.items():
@@ -272,7 +276,7 @@ class BlockQuantizers:
         return scale * source * gain
 
     def _scale_of(self, key: str, *, learned: bool) -> Tensor | None:
-        step = self.steps.get(self.copies.get(key, (key,))[0]) or self.steps.get(self._plan.shared.get(key, key))
+        step = self.steps.get(self._first(key)) or self.steps.get(self._plan.shared.get(key, key))
         if learned and step is not None:
             return step.scale.value().detach()
         quantizer = self._plan.input_quantizer(key)
@@ -306,8 +310,8 @@ class BlockQuantizers:
         if step is not None and learned:
             entry = step.learned()
         elif learned and key in self._stored_for:
-            learned_steps = dict(self._learned_steps())
-            entry = wide([learned_steps[reader] for reader in self._stored_for[key]])
+            firsts = dict.fromkeys(self._first(reader) for reader in self._stored_for[key])
+            entry = wide([self.steps[first].learned() for first in firsts])
         assert isinstance(entry, TensorQuantizer)
         entry = entry.whole
         if any(part is not None for part in (entry.border, entry.adaptive, entry.table)):

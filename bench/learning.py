@@ -5,7 +5,7 @@
 Ranges are min-max and weights keep their largest magnitude: how long a step takes does not depend on them. Times hold
 everything that a block does beside its steps as well: probes and judging. The last line sees the calling thread alone.
 ``--lut`` gives activations of at most 4 bits code books, ``--feedback`` gives these an error feedback as well, with
-the default's number of coefficients; what they are does not matter either. ``--cpu`` is what to compare on a busy
+about the default's number of coefficients; what they are does not matter either. ``--cpu`` is what to compare on a busy
 machine; it takes at most 50 steps.
 """
 
@@ -13,19 +13,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import pathlib
 import tempfile
 import time
 
-import onnx_ir as ir
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from postquant.calib.feedback import choose
 from postquant.calib.learn.block_cache import BlockCache
 from postquant.calib.learn.learner import LearnedBlock, Learner
-from postquant.calib.learn.moments import feedback_sites, measure_moments
 from postquant.calib.learn.recipe import Effort, recipe_for
 from postquant.calib.observers import MinMax
 from postquant.calib.ranges import method_ranges
@@ -38,12 +34,15 @@ from postquant.passes.plan import QuantPlan
 from postquant.passes.target import load_target
 from postquant.pipeline.activation_books import with_code_books
 from postquant.pipeline.config import QuantConfig
+from postquant.pipeline.feedback import with_feedback
 from postquant.pipeline.inputs import open_calibration
 from postquant.pipeline.learning import learning_blocks
 from postquant.pipeline.load import load_model
 from postquant.pipeline.prepare import prepare
 
 _SAMPLES = 64
+# Of these tell what errors do; how many coefficients are worth their bytes is about the same for more.
+_GRADIENTS = 16
 _CONVOLUTION = ("convolution", "conv2d", "addmm", "aten::mm", "aten::bmm")
 
 
@@ -72,7 +71,8 @@ def main() -> None:
         if arguments.lut or arguments.feedback:
             plan = with_code_books(model, plan, level_sites(model, plan)[0], source)
         if arguments.feedback:
-            plan = _with_feedback(model, plan, source)
+            few = SubsetSource(source, range(min(len(source), _GRADIENTS)))
+            plan, _ = with_feedback(model, plan, few, seed=0, device=torch.device("cpu"))
         blocks = learning_blocks(model, plan)
         work = forward_work(model, source)
         recipe = dataclasses.replace(recipe_for(Effort.FAST, work), iterations=arguments.steps, judged=(1.0,))
@@ -129,17 +129,6 @@ class _Clock:
             print(f"{1e3 * (now - self._begun[1]) / (iteration - self._begun[0]):8.1f} ms of CPU time a step")
         else:
             self._begun = iteration, now
-
-
-def _with_feedback(model: ir.Model, plan: QuantPlan, source: SubsetSource) -> QuantPlan:
-    """The plan with an error feedback at every activation whose channels have code books."""
-    sites = feedback_sites(model, plan)
-    found = measure_moments(model, sites, source, range(min(len(source), 8)), seed=0, device=torch.device("cpu"))
-    chosen = choose([found[site.value].candidates(float(site.quantizer.scale)) for site in sites], math.inf)
-    for site, feedback in zip(sites, chosen, strict=True):
-        if feedback is not None:
-            plan = site.with_feedback(plan, feedback)
-    return plan
 
 
 if __name__ == "__main__":

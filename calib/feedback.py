@@ -66,7 +66,7 @@ class Candidate:
     @property
     def size(self) -> int:
         """Bytes in the file."""
-        return 0 if self.feedback is None else sum(array.nbytes for array in self.feedback.arrays().values())
+        return 0 if self.feedback is None else self.feedback.nbytes
 
 
 def candidates(halves: Sequence[Reals], noise: Reals, step: float, cell: int) -> tuple[Candidate, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -56,11 +57,19 @@ def decide_feedback(
         return saved.plan()
     import torch
 
-    job.progress.stage("error feedback")
+    from postquant.calib.learn.moments import samples_used
+
+    job.progress.stage("error feedback", samples_used(len(job.source)))
     try:
         device = torch.device(job.config.device.value)
         changed, count = with_feedback(
-            model, plan, job.source, cells=job.config.feedback_cells, seed=job.config.seed, device=device
+            model,
+            plan,
+            job.source,
+            cells=job.config.feedback_cells,
+            seed=job.config.seed,
+            device=device,
+            progress=job.progress.advance,
         )
     except ModelError as error:
         log.note(f"no errors are fed back: {error}")
@@ -88,6 +97,7 @@ def with_feedback(
     cells: bool = True,
     seed: int,
     device: torch.device,
+    progress: Callable[[], None] = lambda: None,
 ) -> tuple[QuantPlan, int]:
     """The plan with an error feedback wherever there can be one, and in how many activations.
 
@@ -98,6 +108,7 @@ def with_feedback(
         cells: Whether errors of neighbouring places may be told apart.
         seed: Of everything random.
         device: Where gradients are computed.
+        progress: Called for every sample that is used.
 
     Raises:
         ModelError: If torch does not run the network.
@@ -107,7 +118,9 @@ def with_feedback(
     sites = feedback_sites(model, plan)
     if not sites:
         return plan, 0
-    found = measure_moments(model, sites, source, range(len(source)), cells=cells, seed=seed, device=device)
+    found = measure_moments(
+        model, sites, source, range(len(source)), cells=cells, seed=seed, device=device, progress=progress
+    )
     known = [site for site in sites if site.value in found]
     every = [found[site.value].candidates(float(site.quantizer.scale)) for site in known]
     chosen = choose(every, _weight_bytes(model, plan))
@@ -121,7 +134,7 @@ def _coefficients(plan: QuantPlan) -> str:
     """How many activations see across places, and the size of all coefficients."""
     entries = (entry for entry in plan.requants.values() if isinstance(entry, TensorQuantizer) and not entry.copy)
     feedbacks = [entry.feedback for entry in entries if entry.feedback is not None]
-    size = sum(array.nbytes for feedback in feedbacks for array in feedback.arrays().values())
+    size = sum(feedback.nbytes for feedback in feedbacks)
     across = sum(feedback.cell > 1 for feedback in feedbacks)
     return f"{across} of them across places, {size / 1000:.1f} kB of coefficients"
 

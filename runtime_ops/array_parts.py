@@ -25,6 +25,11 @@ class ArrayParts:
         """All arrays by name, in the order of the operator's inputs; :meth:`from_arrays` reads them back."""
         return {name: np.ascontiguousarray(getattr(self, name)) for name in self._names()}
 
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays."""
+        return sum(array.nbytes for array in self.arrays().values())
+
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Self:
         """The inverse of :meth:`arrays`.

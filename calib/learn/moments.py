@@ -15,7 +15,7 @@ behind the other, and ``g`` is the gradient along each.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -133,6 +133,18 @@ def feedback_sites(model: ir.Model, plan: QuantPlan) -> list[FeedbackSite]:
     return list(found.values())
 
 
+def samples_used(count: int) -> int:
+    """How many of so many samples tell the moments.
+
+    Args:
+        count: Of samples.
+
+    >>> samples_used(64), samples_used(1024)
+    (64, 128)
+    """
+    return min(count, _SAMPLES)
+
+
 def measure_moments(
     model: ir.Model,
     sites: Sequence[FeedbackSite],
@@ -142,6 +154,7 @@ def measure_moments(
     cells: bool = True,
     seed: int,
     device: torch.device,
+    progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Moments]:
     """What the channels of some activations do to the float network's outputs.
 
@@ -153,6 +166,7 @@ def measure_moments(
         cells: Whether errors of neighbouring places may be told apart.
         seed: Of the signs.
         device: Where.
+        progress: Called for every sample that is used.
 
     Returns:
         By the name of the value.
@@ -167,7 +181,7 @@ def measure_moments(
     with torch_limits():
         try:
             gradients = _Gradients(model, sites, device, cells=cells)
-            return gradients.measure(source, chosen, torch.Generator().manual_seed(seed))
+            return gradients.measure(source, chosen, torch.Generator().manual_seed(seed), progress)
         except RuntimeError as error:
             raise ModelError("torch cannot run the network", found=str(error)) from error
 
@@ -186,7 +200,11 @@ class _Gradients:
         self._session = make_session(model, outputs=self._outputs)
 
     def measure(
-        self, source: CalibrationSource, chosen: Sequence[int], generator: torch.Generator
+        self,
+        source: CalibrationSource,
+        chosen: Sequence[int],
+        generator: torch.Generator,
+        progress: Callable[[], None],
     ) -> dict[str, Moments]:
         scales = output_scales(self._session, self._outputs, source, chosen)
         found: dict[str, Moments] = {}
@@ -205,6 +223,7 @@ class _Gradients:
             for site in self._sites:
                 x = values[site.value].detach()
                 self._add(found, site, x, [along[key] for key in site.keys], half=index % 2)
+            progress()
         for moments in found.values():
             moments.noise /= len(chosen)
         return found

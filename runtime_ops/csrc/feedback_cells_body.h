@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "quantize_kernels.h"
 
@@ -82,32 +83,29 @@ void ScatterSquares(const FeedbackPlan& plan, const FeedbackTile& tile, const st
   });
 }
 
+// run(side), a constant where that pays, else 0.
+template <typename Run>
+inline void WithSide(std::size_t cell, const Run& run) {
+  switch (cell) {
+    case 2:
+      return run(std::integral_constant<std::size_t, 2>{});
+    case 3:
+      return run(std::integral_constant<std::size_t, 3>{});
+    case 4:
+      return run(std::integral_constant<std::size_t, 4>{});
+    default:
+      return run(std::integral_constant<std::size_t, 0>{});
+  }
+}
+
 inline void GatherCells(const FeedbackPlan& plan, const FeedbackTile& tile, const std::uint8_t* x,
                         std::uint8_t* rows) {
-  switch (plan.cell) {
-    case 2:
-      return GatherSquares<2>(plan, tile, x, rows);
-    case 3:
-      return GatherSquares<3>(plan, tile, x, rows);
-    case 4:
-      return GatherSquares<4>(plan, tile, x, rows);
-    default:
-      return GatherSquares<0>(plan, tile, x, rows);
-  }
+  WithSide(plan.cell, [&](auto side) { GatherSquares<decltype(side)::value>(plan, tile, x, rows); });
 }
 
 inline void ScatterCells(const FeedbackPlan& plan, const FeedbackTile& tile, const std::uint8_t* rows,
                          std::uint8_t* y) {
-  switch (plan.cell) {
-    case 2:
-      return ScatterSquares<2>(plan, tile, rows, y);
-    case 3:
-      return ScatterSquares<3>(plan, tile, rows, y);
-    case 4:
-      return ScatterSquares<4>(plan, tile, rows, y);
-    default:
-      return ScatterSquares<0>(plan, tile, rows, y);
-  }
+  WithSide(plan.cell, [&](auto side) { ScatterSquares<decltype(side)::value>(plan, tile, rows, y); });
 }
 
 // There is no error at row i and column j of cells that have no such place.

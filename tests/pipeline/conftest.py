@@ -146,7 +146,7 @@ class Cases:
         return Case(model, plan, emit(model, plan, **options), samples)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def torch_installed() -> None:
     """Without torch the test is skipped; with ``CI=true`` it fails."""
     if importlib.util.find_spec("torch") is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import pathlib
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -59,10 +58,10 @@ def few_steps() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def result(few_steps: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, pathlib.Path]:
+def result(
+    torch_installed: None, few_steps: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, pathlib.Path]:
     """The digits with feedback, and where they were written."""
-    if importlib.util.find_spec("torch") is None:
-        pytest.skip("torch is not installed")
     folder = tmp_path_factory.mktemp("feedback") / "out"
     return quantize(load_digits().model, _feeds(), CONFIG, out=folder), folder
 
@@ -138,10 +137,9 @@ def test_an_interrupted_run_does_not_measure_again(
     assert (folder / "model.onnx").read_bytes() == (tmp_path / "out" / "model.onnx").read_bytes()
 
 
-def test_readers_of_one_tensor_answer_each_other_in_the_file(few_steps: None, tmp_path: pathlib.Path) -> None:
+@pytest.mark.usefixtures("torch_installed", "few_steps")
+def test_readers_of_one_tensor_answer_each_other_in_the_file(tmp_path: pathlib.Path) -> None:
     """A fire module (Iandola et al. 2016), from the model to the folder that its receiver checks."""
-    if importlib.util.find_spec("torch") is None:
-        pytest.skip("torch is not installed")
     rng = np.random.default_rng(0)
     shapes = {"w0": (8, 3, 3, 3), "w1": (6, 8, 1, 1), "w2": (6, 8, 3, 3), "w3": (4, 12, 1, 1)}
     proto = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>

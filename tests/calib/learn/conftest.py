@@ -11,9 +11,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+
+from postquant.calib.input_spec import input_specs
+from postquant.calib.observers import MinMax
+from postquant.calib.open_source import open_source
+from postquant.calib.ranges import method_ranges
+from postquant.calib.source import CalibrationSource
+from postquant.calib.weight_start import start_weights
+from postquant.passes.place import PlacementSettings, place
+from postquant.passes.plan import QuantPlan
+from postquant.passes.target import load_target
 
 Array = npt.NDArray[Any]
 OpModel = Callable[..., ir.Model]
@@ -128,3 +139,24 @@ def op_node() -> Callable[..., ir.Node]:
         return next(iter(graph))
 
     return make
+
+
+def network_at_three_bits(text: str) -> tuple[ir.Model, QuantPlan, CalibrationSource]:
+    """A network with random weights and 40 samples x of 3 x 6 x 6, decided by min-max at W3A3; nothing is learned."""
+    proto = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in proto.graph.value_info}
+    for name, shape in shapes.items():
+        array = rng.standard_normal(shape).astype(np.float32) / np.float32(np.sqrt(np.prod(shape[1:]) or 1))
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    model = ir.from_proto(proto)
+    feeds = [{"x": rng.standard_normal((1, 3, 6, 6)).astype(np.float32)} for _ in range(40)]
+    source = open_source(feeds, input_specs(model))
+    plan = place(model, load_target("onnxruntime"), PlacementSettings(wbits=3, abits=3))
+    return model, start_weights(model, method_ranges(model, plan, source, MinMax()).plan), source
+
+
+@pytest.fixture(scope="session")
+def at_three_bits() -> Callable[[str], tuple[ir.Model, QuantPlan, CalibrationSource]]:
+    """Makes a small network to be learned (:func:`network_at_three_bits`)."""
+    return network_at_three_bits

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
-import onnx
-import onnx.parser
 import onnx_ir as ir
 import pytest
 import torch
@@ -16,7 +14,6 @@ import torch
 from postquant.calib import feedback
 from postquant.calib.activation_levels import quantizer_with_levels
 from postquant.calib.feedback import within_places
-from postquant.calib.input_spec import input_specs
 from postquant.calib.learn import moments
 from postquant.calib.learn.block_cache import BlockCache
 from postquant.calib.learn.block_quantizers import BlockQuantizers
@@ -26,18 +23,12 @@ from postquant.calib.learn.moments import FeedbackSite, feedback_sites, measure_
 from postquant.calib.learn.read_keys import copies_read
 from postquant.calib.learn.reader import Reader
 from postquant.calib.learn.recipe import Recipe
-from postquant.calib.observers import MinMax
-from postquant.calib.open_source import open_source
-from postquant.calib.ranges import method_ranges
 from postquant.calib.source import CalibrationSource
-from postquant.calib.weight_start import start_weights
 from postquant.passes.blocks import Block, cut_blocks
 from postquant.passes.emit import emit
 from postquant.passes.level_plan import level_sites, with_levels
-from postquant.passes.place import PlacementSettings, place
 from postquant.passes.plan import QuantPlan
 from postquant.passes.session import make_session
-from postquant.passes.target import load_target
 from postquant.pipeline.feedback import with_feedback
 from postquant.runtime_ops.quantizer import TensorQuantizer
 
@@ -71,19 +62,9 @@ def _free() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def fire() -> Fire:
+def fire(at_three_bits: Callable[[str], Fire]) -> Fire:
     """Two layers read one tensor through code books of its channels; everything is decided, nothing learned."""
-    proto = onnx.parser.parse_model(NETWORK)
-    rng = np.random.default_rng(0)
-    shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in proto.graph.value_info}
-    for name, shape in shapes.items():
-        array = rng.standard_normal(shape).astype(np.float32) / np.float32(np.sqrt(np.prod(shape[1:]) or 1))
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-    model = ir.from_proto(proto)
-    feeds = [{"x": rng.standard_normal((1, 3, 6, 6)).astype(np.float32)} for _ in range(40)]
-    source = open_source(feeds, input_specs(model))
-    plan = place(model, load_target("onnxruntime"), PlacementSettings(wbits=3, abits=3))
-    plan = start_weights(model, method_ranges(model, plan, source, MinMax()).plan)
+    model, plan, source = at_three_bits(NETWORK)
     site = next(site for site in level_sites(model, plan)[0] if site.tensor == "r")
     levels = float(site.quantizer.range()[1]) * np.linspace(0, 1, 8) ** 1.5 * np.linspace(0.5, 1, CHANNELS)[:, None]
     plan = with_levels(plan, site, quantizer_with_levels(site.quantizer.spec, levels, -3))

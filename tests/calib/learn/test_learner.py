@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -101,18 +101,8 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def case() -> Case:
-    proto = onnx.parser.parse_model(NETWORK)
-    rng = np.random.default_rng(0)
-    shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in proto.graph.value_info}
-    for name, shape in shapes.items():
-        array = rng.standard_normal(shape).astype(np.float32) / np.float32(np.sqrt(np.prod(shape[1:]) or 1))
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-    model = ir.from_proto(proto)
-    feeds = [{"x": rng.standard_normal((1, 3, 6, 6)).astype(np.float32)} for _ in range(40)]
-    source = open_source(feeds, input_specs(model))
-    plan = place(model, load_target("onnxruntime"), PlacementSettings(wbits=3, abits=3))
-    plan = start_weights(model, method_ranges(model, plan, source, MinMax()).plan)
+def case(at_three_bits: Callable[[str], tuple[ir.Model, QuantPlan, CalibrationSource]]) -> Case:
+    model, plan, source = at_three_bits(NETWORK)
     blocks = cut_blocks(model, {"stem", "conv1", "conv2", "head"})
     return Case(model, plan, source, blocks)
 
